@@ -1,0 +1,1 @@
+"""Virtual TPMs, one per guest: isolated, measured, kept sealed under the platform TPM. See docs/architecture.md."""
