@@ -1,0 +1,205 @@
+"""The manager's HTTP API as data: what requests carry and replies hold. For manager and client.
+
+HTTP/1.1 with JSON on the unix socket RUN_DIR/manager.sock; the OpenAPI document is at /openapi.json. Who asks is what
+the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the status of HTTP_STATUS.
+
+    GET    /v1/status                    Status
+    GET    /v1/vtpms                     list of Vtpm (those that the caller may see)
+    POST   /v1/vtpms                     CreateVtpm -> Vtpm (201)
+    GET    /v1/vtpms/{name}              Vtpm
+    DELETE /v1/vtpms/{name}              (204)
+    POST   /v1/vtpms/{name}/start        StartVtpm -> Vtpm
+    POST   /v1/vtpms/{name}/stop         StopVtpm -> Vtpm
+    GET    /v1/events?after=N&limit=N&wait_s=N   list of AuditEvent; waits up to wait_s (30 at most) for the first one
+    POST   /v1/shutdown                  ShutDown (services end after the reply)
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from vtpm.tpm.types import Startup, TpmVersion
+
+MANAGER_SOCKET = "manager.sock"
+API_VERSION = 1
+
+HTTP_STATUS: Mapping[str, int] = {
+    "usage": 400,
+    "access_denied": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "unavailable": 503,
+    "platform_tpm": 503,
+    "store": 507,
+}
+"""Status by error code; 500 for all others."""
+
+
+class DomainName(enum.StrEnum):
+    """Kinds of domain that can be asked for."""
+
+    PROCESS = "process"
+    QEMU = "qemu"
+    XEN = "xen"
+
+
+class LifeState(enum.StrEnum):
+    """State of a vTPM, as `vtpm show` prints it."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    FROZEN = "frozen"
+    MOVED = "moved"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class CreateVtpm:
+    """What a new vTPM is to be."""
+
+    name: str
+    tpm_version: TpmVersion = TpmVersion.V2_0
+    domain: DomainName = DomainName.PROCESS
+    vm_uuid: UUID | None = None
+
+
+@dataclass(frozen=True)
+class StartVtpm:
+    """How to start a vTPM; `startup` is what TPM2_Startup it is given, none as hardware leaves it to firmware."""
+
+    startup: Startup = Startup.NONE
+
+
+@dataclass(frozen=True)
+class StopVtpm:
+    """How to stop a vTPM; one that a virtual machine uses is stopped only with `force`."""
+
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who a vTPM belongs to."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who uses the guest link now: kind is "emulator" or "data"; pid and uid are 0 where the kernel does not say."""
+
+    kind: str
+    pid: int
+    uid: int
+
+
+@dataclass(frozen=True)
+class Vtpm:
+    """One vTPM.
+
+    Args:
+        version: counts up with each committed change of state.
+        measurement: of the running instance's domain, SHA-256 in hex; empty when stopped.
+        control_socket: what QEMU's -chardev socket,path= takes; empty when stopped.
+        tcti: what tpm2-tools take with -T; empty when stopped.
+        reason: why it is failed, if it is.
+    """
+
+    name: str
+    uuid: UUID
+    owner: Owner
+    vm_uuid: UUID | None
+    tpm_version: TpmVersion
+    domain: DomainName
+    state: LifeState
+    epoch: int
+    version: int
+    measurement: str
+    control_socket: str
+    tcti: str
+    pid: int | None = None
+    client: Client | None = None
+    reason: str = ""
+    created_at: str = ""
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """One host service: whether it answers, and what is to be said of it."""
+
+    name: str
+    reachable: bool
+    pid: int | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class PlatformStatus:
+    """The platform TPM and what protects the root key: kind embedded or hardware, protection unprotected or sealed."""
+
+    kind: str
+    tcti: str
+    manufacturer: str
+    pcrs: str
+    protection: str
+    reachable: bool
+
+
+@dataclass(frozen=True)
+class ProtectionStatus:
+    """One step of the confinement that instances get on this host: in_force, weaker or absent, and why."""
+
+    step: str
+    status: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `vtpm status` shows. `platform` is None when the keeper does not answer."""
+
+    version: str
+    api_version: int
+    state_dir: str
+    run_dir: str
+    vtpms: int
+    running: int
+    platform: PlatformStatus | None
+    services: list[ServiceStatus] = field(default_factory=list)
+    confinement: list[ProtectionStatus] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AuditEvent:
+    """One line of the audit log; time is ISO 8601 in UTC."""
+
+    id: int
+    time: str
+    actor_uid: int | None
+    kind: str
+    vtpm: str | None
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShutDown:
+    """What a shutdown stopped."""
+
+    stopped: list[str]
+
+
+@dataclass(frozen=True)
+class ApiError:
+    """An error as the API reports it; see vtpm.errors."""
+
+    code: str
+    message: str
+    next_step: str

@@ -1,0 +1,400 @@
+"""Messages between a vtpmd (instance) and vtpm-managerd, each the body of one frame. Pure.
+
+A body is u8 version, u8 type, u16 zero, u32 sequence number, payload; big-endian. Nothing in a message says which vTPM
+it is about: that follows from the descriptor. docs/protocols.md has the tables. The state machines that put these
+messages together are in `manager_link_peers`. May be imported by everyone.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtpm.errors import ProtocolError
+from vtpm.tpm.types import MAX_STATE_BYTES, Startup, StateKind, TpmVersion
+
+LINK_VERSION = 1
+HEADER = struct.Struct(">BBHI")
+MAX_CHUNK_BYTES = 48 * 1024
+MAX_BODY_BYTES = MAX_CHUNK_BYTES + 64
+MAX_SEQ = 2**32 - 1
+SESSION_BYTES = 16
+PERMIT_BYTES = 16
+DIGEST_BYTES = 32
+MAX_CODE_BYTES = 32
+MAX_TEXT_BYTES = 512
+NO_PERMIT = bytes(PERMIT_BYTES)
+
+
+class Direction(enum.Enum):
+    """Who sent a message."""
+
+    TO_INSTANCE = "manager to instance"
+    TO_MANAGER = "instance to manager"
+
+
+class LinkPower(enum.IntEnum):
+    """Power of the TPM, as the instance reports it."""
+
+    OFF = 0
+    ON = 1
+    FAILED = 2
+
+
+class ShutdownMode(enum.IntEnum):
+    """How an instance is to end its TPM."""
+
+    ORDERLY = 0
+    """TPM2_Shutdown first, unless the guest has sent it."""
+    IMMEDIATE = 1
+
+
+class ClientKind(enum.IntEnum):
+    """Who uses the guest link."""
+
+    NONE = 0
+    EMULATOR = 1
+    DATA = 2
+
+
+class Retry(enum.IntEnum):
+    """Whether asking again may help."""
+
+    FINAL = 0
+    LATER = 1
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Manager: a manager (perhaps a new one) is there. The instance answers Ready, then repeats what is open."""
+
+    session: bytes
+
+
+@dataclass(frozen=True)
+class PowerOn:
+    """Manager: power the TPM on, with state from a Load; answered by Done."""
+
+    seq: int
+    startup: Startup
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """Manager: power the TPM off and end the process; answered by Done just before."""
+
+    seq: int
+    mode: ShutdownMode
+
+
+@dataclass(frozen=True)
+class StateChunk:
+    """Manager: a part of one blob, in answer to Load `seq`; parts of a kind come in order."""
+
+    seq: int
+    kind: StateKind
+    total: int
+    offset: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class StateEnd:
+    """Manager: that was all the state. `digest` is state_digest() over it."""
+
+    seq: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Permit:
+    """Manager: there never was state; manufacture once, and save with this permit."""
+
+    seq: int
+    permit_id: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class LoadError:
+    """Manager: there is state that cannot be given, or it cannot be read now."""
+
+    seq: int
+    retry: Retry
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Manager: save `seq` is durable."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class SaveError:
+    """Manager: save `seq` is refused, or could not be made durable."""
+
+    seq: int
+    retry: Retry
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Instance: answers Hello. `last_seq` is the highest sequence number it has used."""
+
+    session: bytes
+    tpm_version: TpmVersion
+    power: LinkPower
+    client: ClientKind
+    engine_version: int
+    last_seq: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Instance: wants its state; answered by chunks and StateEnd, Permit or LoadError."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class SaveBegin:
+    """Instance: a blob follows; 0 bytes means delete this kind. Complete when all bytes have come."""
+
+    seq: int
+    kind: StateKind
+    total: int
+    permit_id: bytes = field(repr=False)
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class SaveChunk:
+    """Instance: the next part of the blob of save `seq`."""
+
+    seq: int
+    offset: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PowerChanged:
+    """Instance: the TPM's power changed; `why` is for people."""
+
+    power: LinkPower
+    why: str
+
+
+@dataclass(frozen=True)
+class ClientChanged:
+    """Instance: who uses the guest link now; pid and uid as the kernel says, 0 if there is nobody."""
+
+    client: ClientKind
+    pid: int
+    uid: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """Instance: answers PowerOn or Shutdown `seq`; an empty code means that it worked."""
+
+    seq: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Instance: something for the log, such as a refused second client."""
+
+    message: str
+
+
+ToInstance = Hello | PowerOn | Shutdown | StateChunk | StateEnd | Permit | LoadError | Saved | SaveError
+ToManager = Ready | Load | SaveBegin | SaveChunk | PowerChanged | ClientChanged | Done | Note
+Message = ToInstance | ToManager
+
+
+# -- fields: (bytes of a value), (value and bytes used), each with its bounds -----------------------------------------
+
+
+@dataclass(frozen=True)
+class _Field:
+    write: Callable[[Any], bytes]
+    read: Callable[[bytes], tuple[Any, int]]
+
+
+def _number(form: str, least: int = 0, most: int | None = None) -> _Field:
+    packer = struct.Struct(">" + form)
+    top = (1 << 8 * packer.size) - 1 if most is None else most
+
+    def check(value: int) -> int:
+        if not least <= value <= top:
+            raise ProtocolError(f"the number {value} is not within {least} to {top}")
+        return value
+
+    return _Field(lambda v: packer.pack(check(v)), lambda b: (check(packer.unpack_from(b)[0]), packer.size))
+
+
+def _enum(form: str, values: Mapping[Any, int]) -> _Field:
+    packer = struct.Struct(">" + form)
+    by_number = {number: value for value, number in values.items()}
+
+    def read(data: bytes) -> tuple[Any, int]:
+        number = packer.unpack_from(data)[0]
+        if number not in by_number:
+            raise ProtocolError(f"{number} is not a known value")
+        return by_number[number], packer.size
+
+    def write(value: Any) -> bytes:
+        if value not in values:
+            raise ProtocolError(f"{value!r} is not a value that can be sent")
+        return packer.pack(values[value])
+
+    return _Field(write, read)
+
+
+def _fixed(length: int) -> _Field:
+    def check(value: bytes) -> bytes:
+        if len(value) != length:
+            raise ProtocolError(f"a field of {length} bytes has {len(value)}")
+        return value
+
+    return _Field(check, lambda b: (check(b[:length]), length))
+
+
+def _rest(most: int, least: int = 0) -> _Field:
+    def check(value: bytes) -> bytes:
+        if not least <= len(value) <= most:
+            raise ProtocolError(f"{len(value)} bytes of data, {least} to {most} are allowed")
+        return value
+
+    return _Field(lambda v: check(bytes(v)), lambda b: (check(b), len(b)))
+
+
+def _text(most: int) -> _Field:
+    """Printable text, made to fit when written: what an instance says must do no harm in a log or on a terminal."""
+
+    def write(value: str) -> bytes:
+        printable = "".join(char if char.isprintable() else "?" for char in value)
+        encoded = printable.encode()[:most].decode(errors="ignore").encode()
+        return len(encoded).to_bytes(2, "big") + encoded
+
+    def read(data: bytes) -> tuple[str, int]:
+        length = int.from_bytes(data[:2], "big")
+        if len(data) < 2 or length > most or len(data) < 2 + length:
+            raise ProtocolError(f"a text of {length} bytes is cut off or longer than {most}")
+        try:
+            value = data[2 : 2 + length].decode()
+        except UnicodeDecodeError:
+            raise ProtocolError("a text is not UTF-8") from None
+        if not value.isprintable():
+            raise ProtocolError("a text has characters that cannot be printed")
+        return value, 2 + length
+
+    return _Field(write, read)
+
+
+_KIND = _enum("B", {kind: int(kind) for kind in StateKind})
+_STARTUP = _enum("B", {Startup.NONE: 0, Startup.CLEAR: 1, Startup.STATE: 2})
+_VERSION = _enum("B", {TpmVersion.V1_2: 12, TpmVersion.V2_0: 20})
+_POWER = _enum("B", {power: int(power) for power in LinkPower})
+_CLIENT = _enum("B", {client: int(client) for client in ClientKind})
+_RETRY = _enum("B", {retry: int(retry) for retry in Retry})
+_MODE = _enum("B", {mode: int(mode) for mode in ShutdownMode})
+_SIZE = _number("I", most=MAX_STATE_BYTES)
+_U32 = _number("I")
+_CODE = _text(MAX_CODE_BYTES)
+_TEXT = _text(MAX_TEXT_BYTES)
+_DATA = _rest(MAX_CHUNK_BYTES, least=1)
+
+_LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
+    Hello: (0x01, Direction.TO_INSTANCE, {"session": _fixed(SESSION_BYTES)}),
+    PowerOn: (0x02, Direction.TO_INSTANCE, {"startup": _STARTUP}),
+    Shutdown: (0x03, Direction.TO_INSTANCE, {"mode": _MODE}),
+    StateChunk: (
+        0x04,
+        Direction.TO_INSTANCE,
+        {"kind": _KIND, "total": _SIZE, "offset": _SIZE, "data": _DATA},
+    ),
+    StateEnd: (0x05, Direction.TO_INSTANCE, {"digest": _fixed(DIGEST_BYTES)}),
+    Permit: (0x06, Direction.TO_INSTANCE, {"permit_id": _fixed(PERMIT_BYTES)}),
+    LoadError: (0x07, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
+    Saved: (0x08, Direction.TO_INSTANCE, {}),
+    SaveError: (0x09, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
+    Ready: (
+        0x81,
+        Direction.TO_MANAGER,
+        {
+            "session": _fixed(SESSION_BYTES),
+            "tpm_version": _VERSION,
+            "power": _POWER,
+            "client": _CLIENT,
+            "engine_version": _U32,
+            "last_seq": _U32,
+        },
+    ),
+    Load: (0x82, Direction.TO_MANAGER, {}),
+    SaveBegin: (
+        0x83,
+        Direction.TO_MANAGER,
+        {"kind": _KIND, "total": _SIZE, "permit_id": _fixed(PERMIT_BYTES), "digest": _fixed(DIGEST_BYTES)},
+    ),
+    SaveChunk: (0x84, Direction.TO_MANAGER, {"offset": _SIZE, "data": _DATA}),
+    PowerChanged: (0x85, Direction.TO_MANAGER, {"power": _POWER, "why": _TEXT}),
+    ClientChanged: (0x86, Direction.TO_MANAGER, {"client": _CLIENT, "pid": _U32, "uid": _U32}),
+    Done: (0x87, Direction.TO_MANAGER, {"code": _CODE, "message": _TEXT}),
+    Note: (0x88, Direction.TO_MANAGER, {"message": _TEXT}),
+}
+_BY_TYPE = {number: (cls, direction, fields) for cls, (number, direction, fields) in _LAYOUTS.items()}
+
+
+def encode_message(message: Message) -> bytes:
+    """Return the body of a message.
+
+    Raises:
+        ProtocolError: a field is out of its bounds.
+    """
+    number, _, fields = _LAYOUTS[type(message)]
+    seq = getattr(message, "seq", None)
+    if seq is not None and not 1 <= seq <= MAX_SEQ:
+        raise ProtocolError(f"the sequence number {seq} is not within 1 to {MAX_SEQ}")
+    payload = b"".join(form.write(getattr(message, name)) for name, form in fields.items())
+    return HEADER.pack(LINK_VERSION, number, 0, seq or 0) + payload
+
+
+def decode_message(body: bytes, direction: Direction) -> Message:
+    """Read the body of a message that came from one direction.
+
+    Raises:
+        ProtocolError: it is not exactly a message of that direction with all its fields within bounds.
+    """
+    if not HEADER.size <= len(body) <= MAX_BODY_BYTES:
+        raise ProtocolError(f"a link message has {len(body)} bytes")
+    version, number, reserved, seq = HEADER.unpack_from(body)
+    if version != LINK_VERSION:
+        raise ProtocolError(f"a link message has version {version}, this is {LINK_VERSION}")
+    if number not in _BY_TYPE or _BY_TYPE[number][1] is not direction:
+        raise ProtocolError(f"a link message has the type 0x{number:02x}, unknown from {direction.value}")
+    cls, _, fields = _BY_TYPE[number]
+    has_seq = "seq" in cls.__dataclass_fields__
+    if reserved or bool(seq) is not has_seq:
+        raise ProtocolError(f"a {cls.__name__} has a reserved field set, or a sequence number where it must not")
+    values: dict[str, Any] = {"seq": seq} if has_seq else {}
+    at = HEADER.size
+    for name, form in fields.items():
+        try:
+            values[name], used = form.read(body[at:])
+        except (ProtocolError, struct.error) as error:
+            raise ProtocolError(f"a {cls.__name__}'s field {name} is wrong: {error}") from None
+        at += used
+    if at != len(body):
+        raise ProtocolError(f"a {cls.__name__} has {len(body) - at} bytes too many")
+    message: Message = cls(**values)
+    return message

@@ -1,0 +1,25 @@
+"""How hard the fuzzers try: a little, and the same each time, by default; VTPM_FUZZ_EXAMPLES times for a soak.
+
+A soak draws anew each time; Hypothesis prints the `reproduce_failure` line of what it finds.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+SOAK_EXAMPLES = int(os.environ.get("VTPM_FUZZ_EXAMPLES", "0"))
+
+codec = settings(
+    max_examples=SOAK_EXAMPLES or 150,
+    derandomize=not SOAK_EXAMPLES,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+"""For one codec and one property."""
+
+machine = settings(codec, max_examples=SOAK_EXAMPLES or 60, stateful_step_count=40)
+"""For state machines."""
