@@ -1,0 +1,1 @@
+"""The only door to libtpms: one process, one libtpms, one TPM."""
