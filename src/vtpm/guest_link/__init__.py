@@ -1,0 +1,1 @@
+"""What a guest's side connects to: QEMU's emulator protocol and the plain data socket."""

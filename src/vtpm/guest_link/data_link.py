@@ -1,0 +1,136 @@
+"""The data channel: TPM commands in, responses out, over a connected stream socket.
+
+Two kinds: the plain one that `swtpm:path=` clients connect to, and the one that QEMU hands over with SET_DATAFD, whose
+turns are journaled so that a successor neither loses nor doubles an answer (decision record 1). Used by one thread.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Sequence
+
+from vtpm.guest_link.journal import Journal, LinkState
+from vtpm.tpm.headers import MAX_COMMAND_BYTES
+from vtpm.wire.tpm_stream import BadCommand, CommandFramer, TpmCommand, frame_response
+
+_RECEIVE_BYTES = MAX_COMMAND_BYTES + 64
+_REPLY_TIMEOUT_S = 5.0
+
+
+class DataLink:
+    """A plain data connection: whoever speaks TPM commands over a unix socket.
+
+    Args:
+        sock: connected; closed by `close`.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        # Non-blocking, and waited for here: with a time limit of Python's own, each recv and send costs a poll more.
+        sock.setblocking(False)
+        self._sock = sock
+        self._framer = CommandFramer(MAX_COMMAND_BYTES)
+        self.alive = True
+        """False once the peer has gone or has sent what cannot be followed; then close it."""
+
+    def fileno(self) -> int:
+        """Descriptor to wait on."""
+        return self._sock.fileno()
+
+    def receive(self) -> Sequence[TpmCommand | BadCommand]:
+        """Take what has come and return whole commands. To be called when readable.
+
+        After a BadCommand there is no telling where the next command begins: `alive` is then False.
+
+        Returns:
+            Nothing, too, when nothing has come after all.
+        Raises:
+            OSError: the connection broke.
+        """
+        try:
+            data = self._sock.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return ()
+        if not data:
+            self.alive = False
+            return ()
+        items = self._framer.feed(data)
+        if items and isinstance(items[-1], BadCommand):
+            self.alive = False
+        return items
+
+    def respond(self, response: bytes, to: TpmCommand | BadCommand) -> None:
+        """Send the response to one command. Raises OSError: the peer is gone or does not read."""
+        self._send(frame_response(response, prefixed=True) if to.prefixed else response)
+
+    def _send(self, reply: bytes) -> None:
+        try:
+            sent = self._sock.send(reply)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(reply):
+            # For this alone the time limit; it bounds the whole rest, as sendall does.
+            self._sock.settimeout(_REPLY_TIMEOUT_S)
+            self._sock.sendall(memoryview(reply)[sent:])
+            self._sock.setblocking(False)
+
+    def peer_gone(self) -> bool:
+        """Whether the peer has hung up. May be asked from any thread."""
+        poller = select.poll()
+        try:
+            poller.register(self._sock, select.POLLHUP)
+        except ValueError:
+            # The TPM thread has closed it between the caller's look at it and this one.
+            return True
+        return bool(poller.poll(0))
+
+    def close(self) -> None:
+        """Close this side."""
+        self.alive = False
+        self._sock.close()
+
+
+class EmulatorDataLink(DataLink):
+    """QEMU's data connection.
+
+    Args:
+        sock: the descriptor of SET_DATAFD, or the parked one.
+        journal: of this channel; perhaps a predecessor's.
+    """
+
+    def __init__(self, sock: socket.socket, journal: Journal) -> None:
+        super().__init__(sock)
+        self._journal = journal
+
+    def settle(self, failure: bytes) -> None:
+        """End the turn that a predecessor left: the rest of its reply, or `failure` for a request it had taken.
+
+        Raises:
+            OSError: QEMU is gone.
+        """
+        if self._journal.state is LinkState.REPLYING:
+            self._journal.send_rest(self._sock, _REPLY_TIMEOUT_S)
+        elif self._journal.state is LinkState.BUSY:
+            # QEMU never sends ahead: what can still be read was not taken, and is served like any command.
+            if _readable(self._sock):
+                self._journal.end()
+            else:
+                self._send(failure)
+
+    def receive(self) -> Sequence[TpmCommand | BadCommand]:
+        """As DataLink.receive, noted in the journal before the request leaves the socket."""
+        self._journal.begin(b"")
+        items = super().receive()
+        if not items and self.alive and not self._framer.buffered_bytes:
+            # Nothing had come: a successor must not answer a request that was never made.
+            self._journal.end()
+        return items
+
+    def _send(self, reply: bytes) -> None:
+        self._journal.reply(self._sock, reply, _REPLY_TIMEOUT_S)
+
+
+def _readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return any(event & select.POLLIN for _, event in poller.poll(0))

@@ -1,0 +1,504 @@
+"""The main thread of a vtpmd: waits on its descriptors and hands work to the TPM thread.
+
+Its descriptors are all it can reach: the hold, the manager link, two listening sockets of the guest link, and what
+connects to those. One client at a time uses the TPM: an emulator (QEMU, by SET_DATAFD on the control channel) or
+whoever connects to the data socket; a second one is refused. Control requests that need the TPM are carried out by the
+TPM thread and answered when it is done; the others are answered at once, also while a long command runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import selectors
+import socket
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from vtpm.errors import ProtocolError, VtpmError
+from vtpm.guest_link.control_link import PARTIAL_RETRY_S, ControlLink, close_descriptors
+from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
+from vtpm.guest_link.journal import Journal, JournaledPower
+from vtpm.guest_link.unpowered import Refusal, refuse
+from vtpm.instance.control import ControlSession
+from vtpm.instance.hold import Hold
+from vtpm.instance.manager_channel import ManagerChannel
+from vtpm.instance.worker import Power, Worker
+from vtpm.tpm.types import Startup
+from vtpm.wire.emulator import Command, Init, encode_reply
+from vtpm.wire.hold import ParkedKind
+from vtpm.wire.instance_spec import InstanceArgs, InstanceFd, Role
+from vtpm.wire.manager_link import (
+    ClientChanged,
+    ClientKind,
+    Done,
+    Hello,
+    LinkPower,
+    Note,
+    PowerChanged,
+    PowerOn,
+    Ready,
+    Shutdown,
+    ShutdownMode,
+)
+
+_POWER = {Power.OFF: LinkPower.OFF, Power.ON: LinkPower.ON, Power.FAILED: LinkPower.FAILED}
+_PEERCRED = struct.Struct("3i")
+_MAX_WAITING_REFUSED = 4
+EXIT_SPENT = 70
+"""Exit status of an instance that can serve no more and wants a successor."""
+
+
+class Ending(enum.Enum):
+    """Why the main loop ends."""
+
+    SHUTDOWN = 0
+    SPENT = EXIT_SPENT
+    ABANDONED = 71
+
+
+class InstanceServer:
+    """See the module.
+
+    Args:
+        args: what this instance is told about itself.
+        fds: its descriptors by number, as the launcher gave them.
+    """
+
+    def __init__(self, args: InstanceArgs, fds: set[int]) -> None:
+        self._args = args
+        self._selector = selectors.DefaultSelector()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._hold = Hold(socket.socket(fileno=InstanceFd.HOLD))
+        self._control_journal = Journal(InstanceFd.CONTROL_JOURNAL)
+        self._data_journal = Journal(InstanceFd.DATA_JOURNAL)
+        self._channel = ManagerChannel(
+            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self._poke, self._complain
+        )
+        failed = args.role is Role.SUCCESSOR and self._control_journal.power is JournaledPower.ON
+        self._worker = Worker(
+            args.tpm_version, self._channel, Power.FAILED if failed else Power.OFF, self._on_power, self._on_detached
+        )
+        self._session = ControlSession(self._worker, args.tpm_version)
+        self._control: ControlLink | None = None
+        self._control_waits = False
+        self._control_partial: ControlLink | None = None
+        self._queued: deque[object] = deque()
+        self._emulator_attached = False
+        self._data_client: DataLink | None = None
+        self._client = ClientKind.NONE
+        self._told: ClientChanged | None = None
+        self._refused: list[socket.socket] = []
+        self._ending: Ending | None = None
+        self._listeners = {
+            name: socket.socket(fileno=name) for name in (InstanceFd.CONTROL_LISTENER, InstanceFd.DATA_LISTENER)
+        }
+        for listener in self._listeners.values():
+            listener.setblocking(False)
+        self._watch(self._wake, self._on_wake)
+        self._watch(self._hold, self._on_hold)
+        self._watch(self._channel, self._on_channel)
+        self._watch(self._listeners[InstanceFd.CONTROL_LISTENER], self._on_control_connect)
+        self._watch(self._listeners[InstanceFd.DATA_LISTENER], self._on_data_connect)
+        self._parked = {kind for kind in (InstanceFd.CONTROL, InstanceFd.DATA) if kind in fds}
+
+    def start_threads(self) -> None:
+        """Start the TPM thread; before the seccomp filter, which forbids it."""
+        self._worker.start()
+
+    def run(self) -> int:
+        """Serve until told to end; return the exit status."""
+        self._take_over()
+        while self._ending is None:
+            ready = self._selector.select(PARTIAL_RETRY_S if self._control_partial else None)
+            self._look_for_rest()
+            for key, events in ready:
+                if key.fileobj is self._channel and events & selectors.EVENT_WRITE:
+                    self._write_channel()
+                if events & selectors.EVENT_READ:
+                    key.data()
+                if self._ending is not None:
+                    break
+            self._selector.modify(self._channel, self._channel_events(), self._on_channel)
+        self._flush_channel()
+        return self._ending.value
+
+    # -- taking a guest over ----------------------------------------------------------------------------------------
+    def _take_over(self) -> None:
+        self._worker.locality = self._control_journal.locality
+        if InstanceFd.DATA in self._parked:
+            link = EmulatorDataLink(socket.socket(fileno=InstanceFd.DATA), self._data_journal)
+            self._emulator_attached = True
+            self._worker.submit(partial(self._worker.do_attach, link))
+        if InstanceFd.CONTROL in self._parked:
+            self._control = ControlLink(socket.socket(fileno=InstanceFd.CONTROL), self._control_journal)
+            self._watch(self._control, self._on_control)
+            self._settle_control(self._control)
+        if self._args.role is Role.SUCCESSOR and not self._emulator_attached and self._worker.power is Power.OFF:
+            self._power_on_for_next_client()
+        self._tell_client()
+
+    def _settle_control(self, control: ControlLink) -> None:
+        try:
+            command = control.unfinished()
+            if command is Command.INIT:
+                # The guest is in reset and waits for this: no TPM it knows is replaced behind its back.
+                self._carry_out(Init(0))
+            elif command is not None:
+                control.fail_unfinished(ControlSession.FAIL)
+        except OSError:
+            self._end_control()
+
+    # -- manager link -----------------------------------------------------------------------------------------------
+    def _on_channel(self) -> None:
+        try:
+            alive = self._channel.on_readable()
+        except OSError:
+            alive = False
+        if not alive:
+            self._end(Ending.ABANDONED, "the manager link ended")
+
+    def _write_channel(self) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.on_writable()
+
+    def _channel_events(self) -> int:
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._channel.want_write else 0)
+
+    def _flush_channel(self) -> None:
+        # What is left are the last words to the manager; a manager that does not read does not hear them.
+        with contextlib.suppress(OSError):
+            self._channel.on_writable()
+
+    def _on_manager(self, message: Hello | PowerOn | Shutdown) -> None:
+        if isinstance(message, Hello):
+            self._channel.forget_unsent()
+            self._channel.tell(
+                Ready(
+                    message.session,
+                    self._args.tpm_version,
+                    _POWER[self._worker.power],
+                    self._client,
+                    self._worker.engine_version,
+                    self._channel.last_seq,
+                )
+            )
+            self._told = None
+            self._tell_client()
+            self._channel.repeat()
+        elif isinstance(message, PowerOn):
+            self._on_power_on(message)
+        else:
+            self._on_shutdown(message)
+
+    def _on_power_on(self, message: PowerOn) -> None:
+        if self._worker.power is not Power.OFF or self._emulator_attached:
+            self._channel.tell(Done(message.seq, "conflict", f"the TPM is {self._worker.power.value} or has a guest"))
+            return
+        self._worker.submit(
+            partial(self._job, partial(self._worker.do_power_on, message.startup), partial(self._done, message.seq))
+        )
+
+    def _on_shutdown(self, message: Shutdown) -> None:
+        orderly = message.mode is ShutdownMode.ORDERLY
+        if not orderly:
+            self._worker.cancel()
+        job = self._worker.do_orderly_power_off if orderly else self._worker.do_power_off
+
+        def finished(error: VtpmError | None) -> None:
+            self._done(message.seq, error)
+            self._end(Ending.SHUTDOWN, "shut down")
+
+        self._worker.submit(partial(self._job, job, finished))
+
+    def _done(self, seq: int, error: VtpmError | None) -> None:
+        self._channel.tell(Done(seq, error.code if error else "", error.message if error else ""))
+
+    # -- control channel --------------------------------------------------------------------------------------------
+    def _on_control_connect(self) -> None:
+        connection = self._accept(InstanceFd.CONTROL_LISTENER)
+        if connection is None:
+            return
+        if self._control is not None:
+            self._refuse(connection, encode_reply(Command.GET_CAPABILITY, ControlSession.IN_USE))
+            return
+        self._control_journal.end()
+        self._control = ControlLink(connection, self._control_journal)
+        self._watch(self._control, self._on_control)
+
+    def _on_control(self) -> None:
+        control = self._control
+        if control is None or self._control_waits:
+            return
+        try:
+            received = control.receive()
+        except OSError:
+            self._end_control()
+            return
+        if received.ended:
+            close_descriptors(received)
+            self._end_control()
+            return
+        if not received.requests and not received.descriptors:
+            # Half a request is in the socket, which stays readable: not to be waited on until a little later.
+            self._selector.unregister(control)
+            self._control_partial = control
+            return
+        try:
+            for request in received.requests:
+                if request.command is Command.SET_DATAFD and not self._control_waits:
+                    self._answer(self._set_datafd(received.take_descriptor()))
+                else:
+                    self._queued.append(request)
+                    self._carry_out_queued()
+        finally:
+            close_descriptors(received)
+
+    def _carry_out_queued(self) -> None:
+        """Carry out what a client sent ahead, strictly one after the other."""
+        while self._queued and not self._control_waits and self._ending is None:
+            self._carry_out(self._queued.popleft())
+
+    def _look_for_rest(self) -> None:
+        control, self._control_partial = self._control_partial, None
+        if control is not None:
+            self._watch(control, self._on_control)
+
+    def _carry_out(self, request: object) -> None:
+        """Answer a request at once, or when the TPM thread has done it; nothing is read from the client meanwhile."""
+        if isinstance(request, Init) and self._worker.spent:
+            # This engine is beyond use. The journal says that INIT is open: the successor carries it out.
+            self._end(Ending.SPENT, "the engine failed; a successor powers the TPM on")
+            return
+        outcome = self._session.handle(request)
+        if outcome.cancel:
+            self._worker.cancel()
+        if outcome.job is None:
+            self._answer(outcome.reply)
+            return
+        self._pause_control()
+        job = outcome.job
+
+        def run() -> None:
+            reply = job()
+            self._post(partial(self._resume_control, reply, request))
+
+        self._worker.submit(run)
+
+    def _answer(self, reply: bytes) -> None:
+        if self._control is None:
+            return
+        self._control_journal.locality = self._worker.locality
+        try:
+            self._control.reply(reply)
+        except OSError:
+            self._end_control()
+
+    def _pause_control(self) -> None:
+        self._control_waits = True
+        if self._control is not None:
+            self._selector.unregister(self._control)
+
+    def _resume_control(self, reply: bytes, request: object) -> None:
+        self._control_waits = False
+        if self._control is not None:
+            self._watch(self._control, self._on_control)
+        if isinstance(request, Init) and self._worker.spent:
+            self._complain("the TPM could not be powered on")
+        self._answer(reply)
+        self._carry_out_queued()
+
+    def _set_datafd(self, fd: int | None) -> bytes:
+        if fd is None or self._control is None:
+            return encode_reply(Command.SET_DATAFD, ControlSession.FAIL)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            return encode_reply(Command.SET_DATAFD, ControlSession.FAIL)
+        is_stream = sock.family is socket.AF_UNIX and sock.type is socket.SOCK_STREAM
+        if not is_stream or self._emulator_attached or self._has_data_client():
+            sock.close()
+            self._note(
+                "an emulator was refused its data channel: another client uses the TPM, or it is no stream socket"
+            )
+            return encode_reply(Command.SET_DATAFD, ControlSession.IN_USE)
+        self._hold.park(ParkedKind.DATA, sock.fileno())
+        self._hold.park(ParkedKind.CONTROL, self._control.fileno())
+        self._data_journal.reset()
+        self._emulator_attached = True
+        self._worker.submit(partial(self._worker.do_attach, EmulatorDataLink(sock, self._data_journal)))
+        self._tell_client()
+        return encode_reply(Command.SET_DATAFD)
+
+    def _end_control(self) -> None:
+        """The control client has gone. If it was an emulator, its power goes with it, and the next client may come."""
+        control, self._control = self._control, None
+        if control is None:
+            return
+        if not self._control_waits:
+            self._selector.unregister(control)
+        self._control_waits = False
+        self._queued.clear()
+        control.close()
+        if not self._emulator_attached:
+            return
+        self._emulator_attached = False
+        self._hold.drop(ParkedKind.CONTROL)
+        self._hold.drop(ParkedKind.DATA)
+        self._worker.submit(self._worker.do_detach)
+        self._worker.submit(partial(self._job, self._worker.do_orderly_power_off, self._reported))
+        self._worker.locality = 0
+        self._control_journal.locality = 0
+        self._tell_client()
+        if self._worker.spent:
+            # Nobody is left who could reset this TPM; a successor that starts powered off serves the next client.
+            self._control_journal.power = JournaledPower.OFF
+            self._end(Ending.SPENT, "the engine failed and its guest is gone")
+            return
+        self._power_on_for_next_client()
+
+    def _power_on_for_next_client(self) -> None:
+        self._worker.submit(partial(self._job, partial(self._worker.do_power_on, Startup.NONE), self._reported))
+
+    # -- data socket ------------------------------------------------------------------------------------------------
+    def _on_data_connect(self) -> None:
+        connection = self._accept(InstanceFd.DATA_LISTENER)
+        if connection is None:
+            return
+        if self._emulator_attached or self._has_data_client():
+            self._refuse(connection, refuse(self._args.tpm_version, Refusal.IN_USE))
+            return
+        self._data_client = DataLink(connection)
+        self._worker.submit(partial(self._worker.do_attach, self._data_client))
+        self._tell_client(connection)
+
+    def _has_data_client(self) -> bool:
+        # What this thread has accepted counts, not what the TPM thread has come to serve.
+        link = self._data_client
+        return link is not None and link.alive and not link.peer_gone()
+
+    def _refuse(self, connection: socket.socket, answer: bytes) -> None:
+        """Answer a second client's first request with a refusal, so that it can say why it was turned away."""
+        pid, uid = _peer(connection)
+        self._note(f"a second client (pid {pid}, uid {uid}) was refused: another one uses the TPM")
+        while len(self._refused) >= _MAX_WAITING_REFUSED:
+            self._drop_refused(self._refused[0])
+        connection.setblocking(False)
+        self._refused.append(connection)
+
+        def answered() -> None:
+            with contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.send(answer)
+            self._drop_refused(connection)
+
+        self._watch(connection, answered)
+
+    def _drop_refused(self, connection: socket.socket) -> None:
+        self._refused.remove(connection)
+        self._selector.unregister(connection)
+        connection.close()
+
+    def _accept(self, name: InstanceFd) -> socket.socket | None:
+        try:
+            connection, _ = self._listeners[name].accept()
+        except OSError:
+            return None
+        return connection
+
+    # -- what is told, and waking up --------------------------------------------------------------------------------
+    def _tell_client(self, connection: socket.socket | None = None) -> None:
+        if self._emulator_attached and self._control is not None:
+            self._client = ClientKind.EMULATOR
+            pid, uid = _peer(self._control.socket)
+        elif connection is not None:
+            self._client = ClientKind.DATA
+            pid, uid = _peer(connection)
+        else:
+            self._client = ClientKind.NONE
+            pid, uid = 0, 0
+        told = ClientChanged(self._client, pid, uid)
+        if told != self._told:
+            self._told = told
+            self._channel.tell(told)
+
+    def _on_power(self, power: Power, why: str) -> None:
+        # In the TPM thread. The journal first: a successor must know before anyone sees it.
+        self._control_journal.power = JournaledPower.OFF if power is Power.OFF else JournaledPower.ON
+        self._channel.tell(PowerChanged(_POWER[power], why))
+
+    def _on_detached(self) -> None:
+        # In the TPM thread.
+        self._post(self._tell_if_free)
+
+    def _tell_if_free(self) -> None:
+        if self._worker.link is None:
+            self._tell_client()
+
+    def _job(self, job: Callable[[], None], finished: Callable[[VtpmError | None], None]) -> None:
+        """Run a job in the TPM thread and report its end in the main thread."""
+        try:
+            job()
+        except VtpmError as error:
+            self._post(partial(finished, error))
+        else:
+            self._post(partial(finished, None))
+
+    def _reported(self, error: VtpmError | None) -> None:
+        if error is not None:
+            self._note(f"the TPM was not powered on for the next client: {error.message}")
+
+    def _note(self, text: str) -> None:
+        self._complain(text)
+        self._channel.tell(Note(text))
+
+    def _complain(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    def _on_hold(self) -> None:
+        self._end(Ending.ABANDONED, "the launcher has gone")
+
+    def _end(self, ending: Ending, why: str) -> None:
+        if self._ending is None:
+            self._ending = ending
+            self._complain(why)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._posted.append(call)
+        self._poke()
+
+    def _poke(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._posted:
+            self._posted.popleft()()
+
+    def _watch(self, what: selectors._HasFileno | int, call: Callable[[], None]) -> None:  # type: ignore[name-defined]
+        self._selector.register(what, selectors.EVENT_READ, call)
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Pid and uid of a connected peer; 0 where the kernel does not say (another PID or user namespace)."""
+    try:
+        pid, uid, _ = _PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
+    except OSError:
+        return 0, 0
+    return max(pid, 0), max(uid, 0)
+
+
+def check(fds: set[int]) -> None:
+    """Raise ProtocolError unless the descriptors are a whole set."""
+    needed = set(InstanceFd) - {InstanceFd.CONTROL, InstanceFd.DATA}
+    if not needed <= fds:
+        raise ProtocolError(f"an instance was started without the descriptors {sorted(needed - fds)}")

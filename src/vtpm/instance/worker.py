@@ -1,0 +1,318 @@
+"""The TPM thread: owns the engine and the guest's data channel, one command at a time.
+
+The main thread (server.py) hands it jobs; between jobs it waits for commands. Nothing else touches the engine, except
+`cancel`, which libtpms allows from another thread. Standard library, engine and guest_link only.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import select
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vtpm.engine.engine import Engine, Origin
+from vtpm.errors import EngineError, StateError, VtpmError
+from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
+from vtpm.guest_link.unpowered import Refusal, refuse
+from vtpm.tpm.types import Locality, Startup, StateKind, TpmVersion
+from vtpm.wire.tpm_stream import BadCommand, BadReason, TpmCommand
+
+EXIT_DEFECT = 72
+
+_STARTUP_20 = {
+    Startup.CLEAR: bytes.fromhex("8001 0000000c 00000144 0000"),  # TPM2_Startup(TPM_SU_CLEAR)
+    Startup.STATE: bytes.fromhex("8001 0000000c 00000144 0001"),
+}
+_STARTUP_12 = {
+    Startup.CLEAR: bytes.fromhex("00c1 0000000c 00000099 0001"),  # TPM_Startup(TPM_ST_CLEAR)
+    Startup.STATE: bytes.fromhex("00c1 0000000c 00000099 0002"),
+}
+_SHUTDOWN_CLEAR = bytes.fromhex("8001 0000000c 00000145 0000")  # TPM2_Shutdown(TPM_SU_CLEAR)
+_SHUTDOWN_CODE = bytes.fromhex("00000145")
+_SUCCESS = bytes(4)
+
+
+class Power(enum.Enum):
+    """What the TPM is to its clients."""
+
+    OFF = "off"
+    ON = "on"
+    FAILED = "failed"
+    """Answers failure to everything until the guest resets (decision record 1), or until it is started anew."""
+
+
+@dataclass(frozen=True)
+class Permit:
+    """The manager's one-time permit to manufacture; answers a load when no state was ever saved."""
+
+    permit_id: bytes
+
+
+class StateKeeper(Protocol):
+    """Where state comes from and goes to: the manager link. Both calls block, bounded, in the TPM thread."""
+
+    def load(self) -> Mapping[StateKind, bytes] | Permit:
+        """Return the vTPM's state, or a permit to manufacture. Raises VtpmError: neither is to be had."""
+        ...
+
+    def save(self, kind: StateKind, data: bytes, permit: Permit | None) -> None:
+        """Return once the state is durable; empty data deletes this kind. Raises VtpmError: it is not durable."""
+        ...
+
+
+class Worker:
+    """The TPM and its thread. Methods named `do_*` run as jobs in the TPM thread, all others anywhere.
+
+    Args:
+        version: of the TPM.
+        keeper: see StateKeeper.
+        power: OFF, or FAILED for the successor of an instance that died powered on.
+        report: called in the TPM thread with (power, why) at each change of power.
+        detached: called in the TPM thread when a data channel is no longer served.
+    """
+
+    def __init__(
+        self,
+        version: TpmVersion,
+        keeper: StateKeeper,
+        power: Power,
+        report: Callable[[Power, str], None],
+        detached: Callable[[], None],
+    ) -> None:
+        self._version = version
+        self._keeper = keeper
+        self._report = report
+        self._detached = detached
+        self._permit: Permit | None = None
+        self._engine = Engine(version, self._store)
+        self._power = power
+        self._link: DataLink | None = None
+        self._last_command = b""
+        self._last_response = b""
+        self._spent = False
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._thread = threading.Thread(target=self._run, name="tpm", daemon=True)
+        self.locality = 0
+        """Locality of plain commands; the control channel sets it."""
+        self.established = False
+        """The established bit as of the last job, so that asking for it never waits for a command."""
+        self.info = ""
+        """What GET_INFO answers; JSON."""
+
+    # -- for the main thread ----------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Start the thread. Before confinement's last step, which forbids making threads."""
+        self.info = self._engine.info()
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run a job in the TPM thread after the command under way, if any. Jobs keep their order."""
+        self._jobs.append(job)
+        os.eventfd_write(self._wake, 1)
+
+    def cancel(self) -> None:
+        """Ask libtpms to give up the command under way; it answers TPM_RC_CANCELED where it can."""
+        self._engine.cancel()
+
+    @property
+    def power(self) -> Power:
+        """What the TPM is to its clients."""
+        return self._power
+
+    @property
+    def spent(self) -> bool:
+        """Whether the engine failed, so that only another process can power this TPM on."""
+        return self._spent
+
+    @property
+    def engine_version(self) -> int:
+        """Version of libtpms, MAJOR<<16 | MINOR<<8 | MICRO."""
+        major, minor, micro = self._engine.library_version
+        return major << 16 | minor << 8 | micro
+
+    @property
+    def link(self) -> DataLink | None:
+        """The data channel in use."""
+        return self._link
+
+    # -- jobs -------------------------------------------------------------------------------------------------------
+    def do_power_on(self, startup: Startup, *, keep_volatile: bool = True) -> None:
+        """Power the TPM on with the state that the manager has for it, and give it TPM2_Startup if asked to.
+
+        Raises:
+            VtpmError: there is no state for it, or the engine does not take it. The TPM stays off; after an
+                EngineError, or when the first state could not be kept, it is FAILED and the engine is spent.
+        """
+        self.do_power_off()
+        answer = self._keeper.load()
+        try:
+            if isinstance(answer, Permit):
+                self._permit = answer
+                self._engine.power_on({}, origin=Origin.MANUFACTURE)
+                if self._permit is not None:
+                    raise StateError("the engine manufactured a TPM and saved no state for it")
+            else:
+                state = dict(answer)
+                if not keep_volatile:
+                    state.pop(StateKind.VOLATILE, None)
+                self._engine.power_on(state, origin=Origin.SAVED)
+        except VtpmError:
+            self._fail("the engine did not power on")
+            raise
+        finally:
+            self._permit = None
+        self._last_command = b""
+        self._set_power(Power.ON, "powered on")
+        self.established = self._engine.established()
+        if startup is not Startup.NONE:
+            commands = _STARTUP_12 if self._version is TpmVersion.V1_2 else _STARTUP_20
+            response = self._process(commands[startup], 0)
+            code = response[6:10]
+            if code != _SUCCESS:
+                raise StateError(f"TPM startup {startup} answered 0x{code.hex()}")
+
+    def do_power_off(self) -> None:
+        """Cut the power, as a reset does: what TPM2_Shutdown was not called for is not saved."""
+        if self._engine.powered:
+            self._engine.power_off()
+        if self._power is Power.ON:
+            self._set_power(Power.OFF, "powered off")
+
+    def do_stop(self) -> None:
+        """Carry out STOP, with which every reset begins. A failed TPM stays failed until INIT."""
+        self.do_power_off()
+
+    def do_orderly_power_off(self) -> None:
+        """Send TPM2_Shutdown(CLEAR) unless a shutdown was the guest's last command, then cut the power."""
+        if self._power is Power.ON and self._version is TpmVersion.V2_0 and not self._was_shut_down():
+            self._process(_SHUTDOWN_CLEAR, 0)
+        self.do_power_off()
+
+    def do_store_volatile(self) -> None:
+        """Hand the volatile state to the manager. Raises VtpmError: it is not kept."""
+        if self._power is not Power.ON:
+            raise StateError("the TPM is not powered on, so it has no volatile state")
+        self._keeper.save(StateKind.VOLATILE, self._engine.get_state(StateKind.VOLATILE), None)
+
+    def do_hash_start(self) -> int:
+        """DRTM: begin a measurement. Returns the result code."""
+        result = self._engine.hash_start()
+        self.established = self._engine.established()
+        return result
+
+    def do_hash_data(self, data: bytes) -> int:
+        """DRTM: measure data. Returns the result code."""
+        return self._engine.hash_data(data)
+
+    def do_hash_end(self) -> int:
+        """DRTM: end a measurement. Returns the result code."""
+        return self._engine.hash_end()
+
+    def do_reset_established(self, locality: int) -> int:
+        """Clear the established bit. Returns the result code."""
+        result = self._engine.reset_established(Locality(locality))
+        self.established = self._engine.established()
+        return result
+
+    def do_set_buffer_size(self, wanted_bytes: int) -> tuple[int, int, int]:
+        """Set the buffer size (0 asks only); returns size, least and most, in bytes."""
+        size = self._engine.set_buffer_size(wanted_bytes)
+        return size.size, size.min, size.max
+
+    def do_attach(self, link: DataLink) -> None:
+        """Serve this data channel from now on, in place of one that is gone."""
+        self.do_detach()
+        self._link = link
+        self._poll.register(link, select.POLLIN)
+        if isinstance(link, EmulatorDataLink):
+            # A predecessor may have left a request unanswered. Nobody can know what it did; it failed.
+            try:
+                link.settle(refuse(self._version, Refusal.FAILED))
+            except OSError:
+                self.do_detach()
+
+    def do_detach(self) -> None:
+        """Close the data channel, if there is one."""
+        if self._link is not None:
+            self._poll.unregister(self._link)
+            self._link.close()
+            self._link = None
+            self._detached()
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            self._serve_for_ever()
+        finally:
+            # Only a defect ends this thread, and without it the instance would hang; a successor is better.
+            traceback.print_exc()
+            os._exit(EXIT_DEFECT)
+
+    def _serve_for_ever(self) -> None:
+        wake = self._wake
+        poll = self._poll.poll
+        while True:
+            for fd, _ in poll():
+                if fd == wake:
+                    os.eventfd_read(wake)
+                    while self._jobs:
+                        self._jobs.popleft()()
+                    # A job may have put another link at a descriptor that this round of events still names.
+                    break
+                if self._link is not None and fd == self._link.fileno():
+                    self._serve(self._link)
+
+    def _serve(self, link: DataLink) -> None:
+        try:
+            for command in link.receive():
+                link.respond(self._answer(command), command)
+            alive = link.alive
+        except OSError:
+            alive = False
+        if not alive:
+            self.do_detach()
+
+    def _answer(self, command: TpmCommand | BadCommand) -> bytes:
+        if isinstance(command, BadCommand):
+            bad_locality = command.reason is BadReason.LOCALITY
+            return refuse(self._version, Refusal.BAD_LOCALITY if bad_locality else Refusal.BAD_SIZE)
+        if self._power is not Power.ON:
+            return refuse(self._version, Refusal.FAILED if self._power is Power.FAILED else Refusal.NOT_POWERED)
+        return self._process(command.data, self.locality if command.locality is None else command.locality)
+
+    def _process(self, command: bytes, locality: int) -> bytes:
+        try:
+            response = self._engine.process(command, Locality(locality))
+        except EngineError:
+            self._fail("libtpms failed")
+            return refuse(self._version, Refusal.FAILED)
+        self._last_command, self._last_response = command, response
+        if self._engine.store_error is not None:
+            self._fail(f"state could not be kept: {self._engine.store_error}")
+        return response
+
+    def _was_shut_down(self) -> bool:
+        return self._last_command[6:10] == _SHUTDOWN_CODE and self._last_response[6:10] == _SUCCESS
+
+    def _store(self, kind: StateKind, data: bytes) -> None:
+        permit = self._permit if kind is StateKind.PERMANENT else None
+        self._keeper.save(kind, data, permit)
+        if permit is not None:
+            self._permit = None
+
+    def _fail(self, why: str) -> None:
+        self._spent = True
+        self._set_power(Power.FAILED, why)
+
+    def _set_power(self, power: Power, why: str) -> None:
+        self._power = power
+        self._report(power, why)
