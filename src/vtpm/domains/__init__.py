@@ -1,0 +1,1 @@
+"""Kinds of domain in which an instance can live, behind one Protocol: process, later qemu and xen."""

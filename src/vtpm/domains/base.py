@@ -1,0 +1,81 @@
+"""What the launcher asks of any kind of domain, and gets from it. For the launcher and the kinds beside this module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vtpm.confine.report import Report
+from vtpm.wire.instance_spec import InstanceArgs, InstanceFd
+
+
+@dataclass(frozen=True)
+class DomainPlan:
+    """What a domain is to run.
+
+    Args:
+        name: the vTPM's, for `ps` and logs.
+        uid: user id of the instance, its own; ignored where the launcher is an ordinary user.
+        args: what the vtpmd is told.
+        fds: the launcher's descriptors for the instance's links, by the instance's number; they stay the launcher's.
+        log_fd: pipe that takes what the instance writes to stderr.
+    """
+
+    name: str
+    uid: int
+    args: InstanceArgs
+    fds: Mapping[InstanceFd, int]
+    log_fd: int
+
+
+class RunningDomain(Protocol):
+    """One started domain. Its owner must call `reap` in the end."""
+
+    @property
+    def pid(self) -> int:
+        """Process id on the host: the vtpmd's, or its virtual machine's."""
+        ...
+
+    @property
+    def exit_fd(self) -> int:
+        """Readable once the domain has ended (a pidfd)."""
+        ...
+
+    @property
+    def report_fd(self) -> int:
+        """Readable once the domain has been locked in, or has failed to be; then call `report`."""
+        ...
+
+    def report(self) -> Report:
+        """Return what confinement is in force; call once.
+
+        Raises:
+            ConfinementError: a step failed, or the domain ended before it was confined.
+        """
+        ...
+
+    def kill(self) -> None:
+        """End the domain at once; no error when it has ended already."""
+        ...
+
+    def reap(self) -> str:
+        """Take leave of an ended domain and say how it ended."""
+        ...
+
+
+class Domain(Protocol):
+    """A kind of domain."""
+
+    @property
+    def measurement(self) -> str:
+        """SHA-256, in hex, over all that a domain of this kind runs."""
+        ...
+
+    def start(self, plan: DomainPlan) -> RunningDomain:
+        """Start a domain.
+
+        Raises:
+            VtpmError: it could not be started; nothing is left behind.
+        """
+        ...

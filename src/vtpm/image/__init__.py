@@ -1,0 +1,1 @@
+"""Builds the single-purpose virtual machine of a vTPM, reproducibly."""

@@ -1,0 +1,62 @@
+"""vtpm-launcher: entry of the program that starts, confines and stops domains."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtpm.confine.title import set_title
+from vtpm.domains.process import ProcessDomain
+from vtpm.errors import VtpmError
+from vtpm.launcher.service import LauncherService
+from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
+from vtpm.wire.launcher import GUESTS_DIR, LAUNCHER, LAUNCHER_SOCKET
+from vtpm.wire.packet_socket import AsyncPacketServer, ServiceLock
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the launcher until SIGTERM or SIGINT, which end every instance; return the exit status."""
+    parser = argparse.ArgumentParser(prog="vtpm-launcher", description="Starts, confines and stops vTPMs' domains.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="directory of the services' sockets")
+    parser.add_argument("--manager-uid", type=int, default=os.geteuid(), help="user id of the manager")
+    parser.add_argument("--uid-base", type=int, default=0x76740100, help="first user id for instances")
+    args = parser.parse_args(argv)
+    set_up_logging("vtpm-launcher")
+    set_title("vtpm-launcher")
+    try:
+        asyncio.run(_serve(args.run_dir, args.manager_uid, args.uid_base))
+    except VtpmError as error:
+        logging.getLogger("vtpm.launcher").error("%s", error)
+        return error.exit_status
+    return 0
+
+
+async def _serve(run_dir: Path, manager_uid: int, uid_base: int) -> None:
+    lock = ServiceLock(run_dir, "launcher")
+    guests_dir = run_dir / GUESTS_DIR
+    guests_dir.mkdir(mode=0o755, exist_ok=True)
+    for stale in guests_dir.iterdir():
+        # Sockets of instances that died with the launcher before this one.
+        stale.unlink()
+    ending = asyncio.Event()
+    service = LauncherService(guests_dir, {"process": ProcessDomain()}, uid_base, ending.set)
+    allowed = {0, os.geteuid(), manager_uid}
+    server = AsyncPacketServer(LAUNCHER, service.handle, allowed.__contains__)
+    service.server = server
+    owner_uid = manager_uid if os.geteuid() == 0 else None
+    listener = lock.bind_service_socket(run_dir / LAUNCHER_SOCKET, 0o600, owner_uid)
+    server.serve(listener)
+    ready()
+    await end_when_signalled((signal.SIGTERM, signal.SIGINT), ending)
+    await service.close()
+    await server.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

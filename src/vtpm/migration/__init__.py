@@ -1,0 +1,1 @@
+"""Source and destination state machines of moving a vTPM."""
