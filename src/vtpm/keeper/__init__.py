@@ -1,0 +1,1 @@
+"""vtpm-keeper: alone talks to the platform TPM; unwraps one vTPM's key at a time."""

@@ -1,0 +1,65 @@
+"""Public areas of the objects that platform_tpm makes. For platform_tpm alone."""
+
+from __future__ import annotations
+
+from tpm2_pytss import TPM2_ALG, TPM2B_PUBLIC, TPMA_OBJECT, TPMT_PUBLIC, TSS2_Exception
+
+from vtpm.errors import StateError
+from vtpm.platform_tpm.sealed_blob import SealedBlob
+
+# TCG TPM v2.0 Provisioning Guidance, storage primary key (SRK), ECC P-256.
+_PARENT_ATTRIBUTES = (
+    TPMA_OBJECT.FIXEDTPM
+    | TPMA_OBJECT.FIXEDPARENT
+    | TPMA_OBJECT.SENSITIVEDATAORIGIN
+    | TPMA_OBJECT.USERWITHAUTH
+    | TPMA_OBJECT.NODA
+    | TPMA_OBJECT.RESTRICTED
+    | TPMA_OBJECT.DECRYPT
+)
+# No userWithAuth: the policy is the only way in.
+_SEALED_ATTRIBUTES = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.ADMINWITHPOLICY | TPMA_OBJECT.NODA
+
+
+def parent_template() -> TPM2B_PUBLIC:
+    """Return the template of the storage primary key; a TPM makes the same key of it until it is cleared."""
+    return TPM2B_PUBLIC.parse("ecc256:aes128cfb", objectAttributes=_PARENT_ATTRIBUTES)
+
+
+def sealed_template(policy_digest: bytes) -> TPM2B_PUBLIC:
+    """Return the template of a sealed secret that opens under a policy."""
+    template = TPM2B_PUBLIC(
+        publicArea=TPMT_PUBLIC(
+            type=TPM2_ALG.KEYEDHASH,
+            nameAlg=TPM2_ALG.SHA256,
+            objectAttributes=_SEALED_ATTRIBUTES,
+            authPolicy=policy_digest,
+        )
+    )
+    template.publicArea.parameters.keyedHashDetail.scheme.scheme = TPM2_ALG.NULL
+    return template
+
+
+def read_sealed_public(blob: SealedBlob) -> TPM2B_PUBLIC:
+    """Return a blob's public area, checked to be one that sealing makes, under the policy that the blob claims.
+
+    Raises:
+        StateError: it is not.
+    """
+    try:
+        area, used = TPMT_PUBLIC.unmarshal(blob.public)
+    except (TSS2_Exception, ValueError, TypeError):
+        area, used = None, 0
+    if (
+        area is None
+        or used != len(blob.public)
+        or area.type != TPM2_ALG.KEYEDHASH
+        or area.nameAlg != TPM2_ALG.SHA256
+        or area.objectAttributes != _SEALED_ATTRIBUTES
+        or bytes(area.authPolicy) != blob.policy_digest
+    ):
+        raise StateError(
+            "the sealed key is damaged: its public area is not as it was written",
+            next_step="Put back the root file from a backup",
+        )
+    return TPM2B_PUBLIC(publicArea=area)

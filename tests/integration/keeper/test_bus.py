@@ -1,0 +1,51 @@
+"""What somebody sees who listens on the bus between the keeper and its TPM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.keeper.recording_proxy import RecordingProxy
+from tests.support.processes import KeeperProcess
+from tests.support.swtpm import SwtpmPlatform
+from vtpm.keeper.root_key import open_root_key
+from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
+from vtpm.platform_tpm.platform_tpm import PlatformTpm, ZeroPcrs
+from vtpm.platform_tpm.sealed_blob import SealedBlob
+
+pytestmark = pytest.mark.timeout(30)
+
+_TPM2_UNSEAL = bytes.fromhex("0000015e")
+
+
+def test_no_secret_is_on_the_bus_when_sealed_and_opened(directory: Path, swtpm: SwtpmPlatform) -> None:
+    secret = bytes(range(60, 92))
+    with RecordingProxy(directory / "bus", swtpm.socket_path) as proxy:
+        with PlatformTpm(proxy.tcti) as tpm:
+            blob = tpm.seal(secret, DEFAULT_PCRS)
+            assert tpm.unseal(blob) == secret
+            randomness = tpm.random(32)
+        recorded = bytes(proxy.recorded)
+    # The eavesdropper does hear the rest.
+    assert blob.public in recorded
+    assert blob.policy_digest in recorded
+    assert _TPM2_UNSEAL in recorded
+    for hidden in (secret, randomness):
+        assert not any(hidden[at : at + 8] in recorded for at in range(len(hidden) - 7))
+
+
+def test_root_key_is_not_on_the_bus_when_the_keeper_makes_and_opens_it(
+    directory: Path, swtpm: SwtpmPlatform, keepers: Callable[[KeeperProcess], KeeperProcess]
+) -> None:
+    with RecordingProxy(directory / "bus", swtpm.socket_path) as proxy:
+        keeper = keepers(KeeperProcess(directory, proxy.tcti))
+        assert keeper.start().terminate() == 0
+        assert keeper.start().terminate() == 0
+        recorded = bytes(proxy.recorded)
+    with PlatformTpm(swtpm.tcti) as tpm:
+        root = open_root_key(keeper.state_dir, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE).secret.reveal()
+    assert SealedBlob.from_bytes(keeper.root_file.read_bytes()).public in recorded
+    assert not any(root[at : at + 8] in recorded for at in range(len(root) - 7))
+    assert root.hex() not in keeper.log

@@ -1,0 +1,175 @@
+"""The root file: whole or not at all, never replaced, refused when anything about it is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.integration.keeper.conftest import Connect
+from tests.support.processes import KeeperProcess
+from tests.support.swtpm import SwtpmPlatform
+from vtpm.errors import PlatformTpmError, StateError
+from vtpm.keeper.root_key import ROOT_FILE, open_root_key
+from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
+from vtpm.platform_tpm.platform_tpm import PlatformTpm, ZeroPcrs
+from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.tpm.types import VtpmId
+
+pytestmark = pytest.mark.timeout(60)
+
+Keep = Callable[[KeeperProcess], KeeperProcess]
+KILLS = 10
+
+
+@pytest.fixture
+def keeper(directory: Path, swtpm: SwtpmPlatform, keepers: Keep) -> KeeperProcess:
+    return keepers(KeeperProcess(directory, swtpm.tcti))
+
+
+def test_start_is_refused_when_pcrs_changed(keeper: KeeperProcess, swtpm: SwtpmPlatform) -> None:
+    keeper.start().terminate()
+    before = keeper.root_file.read_bytes()
+    swtpm.extend(7)
+    assert keeper.run() == PlatformTpmError.exit_status
+    assert "PCRs changed in bank sha256: 7" in keeper.log
+    assert keeper.root_file.read_bytes() == before
+
+
+def test_start_is_refused_when_the_tpm_is_another(keeper: KeeperProcess, directory: Path, keepers: Keep) -> None:
+    keeper.start().terminate()
+    before = keeper.root_file.read_bytes()
+    (directory / "other").mkdir()
+    with SwtpmPlatform(directory / "other") as other:
+        other.extend(0, "firmware")
+        second = keepers(KeeperProcess(directory, other.tcti))
+        assert second.run() == PlatformTpmError.exit_status
+    assert "is not the one that the root key was sealed by" in second.log
+    assert keeper.root_file.read_bytes() == before
+
+
+def test_root_key_keeps_its_pcrs_when_the_setting_changes(
+    keeper: KeeperProcess, directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect
+) -> None:
+    keeper.start().terminate()
+    second = keepers(KeeperProcess(directory, swtpm.tcti, "--pcrs", "sha256:0")).start()
+    status = connect(second).status()
+    assert status.pcr_selection == "sha256:0,2,4,7"
+    assert "not sha256:0" in status.warnings[-1]
+
+
+def damaged_files(good: bytes) -> list[bytes]:
+    """Return the file with each field damaged in its own ways, and other things that are no root file."""
+    fields = json.loads(good)
+    damaged = []
+    for name, value in fields.items():
+        values: list[object] = [None, "", 7, [], value * 2 if name != "version" else 2]
+        if isinstance(value, str):
+            values += [value[:-1], value[:-2], value.upper() + "A"]
+            values += [value[:at] + ("1" if value[at] != "1" else "2") + value[at + 1 :] for at in range(len(value))]
+        if name == "pcr_values":
+            values += [value[:-1], ["1" + value[0][1:], *value[1:]], [value[0], value[1], value[2], "ff" * 32]]
+        for other in values:
+            changed = json.dumps(fields | {name: other}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+            damaged.append(changed)
+        without = {key: kept for key, kept in fields.items() if key != name}
+        damaged.append(json.dumps(without, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    damaged += [b"", good[:-1], good + b"\n", good[: len(good) // 2], b" " + good, good.replace(b":", b": ", 1)]
+    damaged += [json.dumps(fields | {"more": 1}, sort_keys=True, separators=(",", ":")).encode() + b"\n"]
+    damaged += [b"\0" * len(good), b"[" * 16000, b"x" * 100_000]
+    return damaged
+
+
+def test_root_file_is_refused_and_kept_when_any_field_is_damaged(directory: Path, swtpm: SwtpmPlatform) -> None:
+    path = directory / ROOT_FILE
+    with PlatformTpm(swtpm.tcti) as tpm:
+        root = open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+        good = path.read_bytes()
+        for damaged in damaged_files(good):
+            if damaged == good:
+                continue
+            path.write_bytes(damaged)
+            with pytest.raises((StateError, PlatformTpmError), match="does not open"):
+                open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+            assert path.read_bytes() == damaged
+        path.write_bytes(good)
+        opened = open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+        assert opened.secret.reveal() == root.secret.reveal()
+
+
+def test_root_file_is_refused_when_it_is_a_link_or_a_folder(directory: Path, swtpm: SwtpmPlatform) -> None:
+    path = directory / ROOT_FILE
+    with PlatformTpm(swtpm.tcti) as tpm:
+        path.symlink_to(directory / "nowhere")
+        with pytest.raises(StateError, match="cannot be read"):
+            open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(StateError, match="cannot be read"):
+            open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [("file fsync", "os.fsync"), ("link", "os.link"), ("unlink", "pathlib.Path.unlink"), ("folder fsync", "os.fsync")],
+)
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_root_file_is_whole_or_absent_when_killed_at_a_step(
+    directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect, step: str, call: str, side: str
+) -> None:
+    module, _, name = call.rpartition(".")
+    # The keeper's own module is the only caller that counts: others may use the same functions.
+    prelude = f"""
+import os, pathlib, signal, sys
+real, seen = {call}, 0
+def deadly(*args, **kwargs):
+    global seen
+    if sys._getframe(1).f_code.co_filename.endswith("root_key.py"):
+        seen += 1
+        if seen == {2 if step in ("folder fsync", "unlink") else 1}:
+            if {side == "after"}:
+                real(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+{module}.{name} = deadly
+"""
+    doomed = keepers(KeeperProcess(directory, swtpm.tcti, prelude=prelude))
+    assert doomed.run() == -signal.SIGKILL
+    appeared = doomed.root_file.read_bytes() if doomed.root_file.exists() else None
+    assert (appeared is not None) == (step in ("unlink", "folder fsync") or (step, side) == ("link", "after"))
+    keeper = keepers(KeeperProcess(directory, swtpm.tcti)).start()
+    if appeared is not None:
+        SealedBlob.from_bytes(appeared)
+        assert keeper.root_file.read_bytes() == appeared
+    assert connect(keeper).new_key(VtpmId(uuid4())).key
+
+
+def test_root_file_is_whole_or_absent_when_killed_at_random_moments(
+    directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect
+) -> None:
+    seed = 20261124
+    dice = random.Random(seed)
+    began = time.monotonic()
+    (directory / "first").mkdir()
+    keepers(KeeperProcess(directory / "first", swtpm.tcti)).start().stop()
+    start_s = time.monotonic() - began
+    for number in range(KILLS):
+        (directory / str(number)).mkdir()
+        keeper = keepers(KeeperProcess(directory / str(number), swtpm.tcti))
+        keeper.spawn()
+        # The moment is random on purpose; there is no event to wait for.
+        time.sleep(dice.uniform(0.5, 1.1) * start_s)
+        os.kill(keeper.pid, signal.SIGKILL)
+        keeper.wait()
+        appeared = keeper.root_file.read_bytes() if keeper.root_file.exists() else None
+        keeper.start()
+        assert appeared in (None, keeper.root_file.read_bytes()), f"seed {seed}, kill {number}"
+        assert connect(keeper).new_key(VtpmId(uuid4())).key
+        keeper.stop()
