@@ -1,0 +1,1 @@
+"""Keeps sealed state: envelope, versions, stores."""

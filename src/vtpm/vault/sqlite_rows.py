@@ -1,0 +1,108 @@
+"""Rows of the SQLite store as records, and back.
+
+Pure. A row that no program of ours wrote raises ValueError. Imported by sqlite_store alone.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
+from vtpm.vault.records import (
+    DomainKind,
+    Event,
+    Permit,
+    PermitState,
+    SavedState,
+    SaveMark,
+    VtpmRecord,
+)
+
+SELECT_RECORDS = (
+    "SELECT id, name, owner_uid, owner_gid, vm_uuid, tpm_version, domain, created_at_us, epoch, lifecycle,"
+    " permit_state, permit_id, wrapped_key, state_version, instance_id, engine_version FROM vtpm"
+)
+INSERT_RECORD = (
+    "INSERT INTO vtpm (id, name, owner_uid, owner_gid, vm_uuid, tpm_version, domain, created_at_us, epoch,"
+    " lifecycle, wrapped_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+SELECT_STATES = "SELECT vtpm_id, kind, version, epoch, envelope FROM state"
+REPLACE_STATE = "INSERT OR REPLACE INTO state (vtpm_id, kind, version, epoch, envelope) VALUES (?, ?, ?, ?, ?)"
+SELECT_MARKS = "SELECT instance_id, seq, digest, version FROM save_mark"
+REPLACE_MARK = "INSERT OR REPLACE INTO save_mark (vtpm_id, instance_id, seq, digest, version) VALUES (?, ?, ?, ?, ?)"
+SELECT_EVENTS = "SELECT event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail FROM event"
+INSERT_EVENT = "INSERT INTO event (time_us, actor_uid, kind, vtpm_name, vtpm_id, detail) VALUES (?, ?, ?, ?, ?, ?)"
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# STRICT tables fix the type of each column, so that a row's types are as the schema says.
+Row = tuple[Any, ...]
+
+
+def microseconds(time: datetime) -> int:
+    """Return the microseconds from 1970-01-01 UTC to this time, which has a time zone."""
+    return (time - _EPOCH) // timedelta(microseconds=1)
+
+
+def values_of(record: VtpmRecord) -> Row:
+    """Return the values for INSERT_RECORD."""
+    return (
+        record.id.bytes,
+        record.name,
+        record.owner_uid,
+        record.owner_gid,
+        record.vm_uuid.bytes if record.vm_uuid else None,
+        str(record.tpm_version),
+        str(record.domain),
+        microseconds(record.created_at),
+        record.epoch,
+        record.lifecycle,
+        record.wrapped_key,
+    )
+
+
+def record_of(row: Row) -> VtpmRecord:
+    """Return the record in a row of SELECT_RECORDS."""
+    return VtpmRecord(
+        id=VtpmId(UUID(bytes=row[0])),
+        name=row[1],
+        owner_uid=row[2],
+        owner_gid=row[3],
+        vm_uuid=None if row[4] is None else UUID(bytes=row[4]),
+        tpm_version=TpmVersion(row[5]),
+        domain=DomainKind(row[6]),
+        created_at=_time(row[7]),
+        epoch=row[8],
+        lifecycle=row[9],
+        permit=Permit(PermitState(row[10]), row[11]),
+        wrapped_key=row[12],
+        state_version=row[13],
+        instance_id=None if row[14] is None else InstanceId(UUID(bytes=row[14])),
+        engine_version=row[15],
+    )
+
+
+def state_of(row: Row) -> SavedState:
+    """Return the saved state in a row of SELECT_STATES."""
+    return SavedState(VtpmId(UUID(bytes=row[0])), StateKind(row[1]), *row[2:])
+
+
+def mark_of(row: Row) -> SaveMark:
+    """Return the mark in a row of SELECT_MARKS."""
+    return SaveMark(InstanceId(UUID(bytes=row[0])), *row[1:])
+
+
+def event_of(row: Row) -> Event:
+    """Return the event in a row of SELECT_EVENTS."""
+    event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail = row
+    owner = None if vtpm_id is None else VtpmId(UUID(bytes=vtpm_id))
+    return Event(_time(time_us), actor_uid, kind, vtpm_name, owner, detail, event_id)
+
+
+def _time(time_us: int) -> datetime:
+    try:
+        return _EPOCH + timedelta(microseconds=time_us)
+    except OverflowError as error:
+        raise ValueError(f"{time_us} is no time") from error

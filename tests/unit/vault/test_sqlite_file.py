@@ -1,0 +1,249 @@
+"""What is special to the SQLite store: its file, and what is refused when that was tampered with or lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import stat
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vault.world import ENGINE, manufacture, new_record
+from vtpm.errors import StateError, StoreError
+from vtpm.vault.sqlite_store import SqliteStore
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "vault"
+
+
+def filled(folder: Path) -> Path:
+    """A closed store with three vTPMs; returns its database."""
+    with closing(SqliteStore(folder)) as store:
+        for name in ("a", "b", "c"):
+            manufacture(store, name)
+    return folder / "vtpm.db"
+
+
+def refused_and_kept(folder: Path, cause: str) -> None:
+    database = folder / "vtpm.db"
+    before = database.read_bytes()
+    with pytest.raises(StateError, match=cause) as refusal:
+        SqliteStore(folder)
+    assert str(folder) in str(refusal.value)
+    assert database.read_bytes() == before
+
+
+def execute(database: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(database, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+
+
+def test_directory_and_files_are_private_when_made_under_a_lax_umask(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        with closing(SqliteStore(folder)) as store:
+            manufacture(store)
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir()]}
+    finally:
+        os.umask(before)
+    assert modes == {"vault": 0o700, "vtpm.db": 0o600, "vtpm.db-wal": 0o600}
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_directory_is_refused_when_open_to_others(folder: Path, mode: int) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(StateError, match="open to others"):
+        SqliteStore(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_database_is_refused_when_readable_by_others(folder: Path) -> None:
+    filled(folder).chmod(0o644)
+    refused_and_kept(folder, "open to others")
+
+
+def test_database_is_refused_when_it_is_a_link(folder: Path, tmp_path: Path) -> None:
+    database = filled(folder)
+    database.rename(tmp_path / "elsewhere")
+    database.symlink_to(tmp_path / "elsewhere")
+    refused_and_kept(folder, "symbolic link")
+
+
+def test_second_store_is_refused_when_one_is_open(folder: Path) -> None:
+    with closing(SqliteStore(folder)), pytest.raises(StoreError, match="in use by another process"):
+        SqliteStore(folder)
+    SqliteStore(folder).close()
+
+
+def test_second_process_is_refused_when_store_is_open(folder: Path) -> None:
+    script = "import sys; from pathlib import Path; from vtpm.vault.sqlite_store import SqliteStore;"
+    script += "SqliteStore(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", script, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with closing(SqliteStore(folder)):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert "in use by another process" in result.stderr
+    assert subprocess.run(command, env=environment, timeout=30).returncode == 0
+
+
+def test_store_is_not_begun_anew_when_database_is_empty(folder: Path) -> None:
+    os.truncate(filled(folder), 0)
+    refused_and_kept(folder, "damaged")
+
+
+def test_store_is_not_begun_anew_when_only_the_log_is_left(folder: Path) -> None:
+    database = filled(folder)
+    database.rename(folder / "vtpm.db-wal")
+    with pytest.raises(StateError, match="missing although"):
+        SqliteStore(folder)
+    assert [path.name for path in folder.iterdir()] == ["vtpm.db-wal"]
+
+
+@pytest.mark.parametrize("leftover", ["", "-journal", "-wal"])
+def test_store_is_made_when_an_earlier_making_was_interrupted(folder: Path, leftover: str) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / f"vtpm.db.new{leftover}").write_bytes(b"half made")
+    with closing(SqliteStore(folder)) as store:
+        manufacture(store)
+    assert [path.name for path in folder.iterdir()] == ["vtpm.db"]
+
+
+def test_second_name_is_removed_when_making_was_interrupted_after_the_link(folder: Path) -> None:
+    database = filled(folder)
+    (folder / "vtpm.db.new").hardlink_to(database)
+    with closing(SqliteStore(folder)) as store:
+        assert len(store.list_vtpms()) == 3
+    assert [path.name for path in folder.iterdir()] == ["vtpm.db"]
+
+
+def test_database_is_refused_when_cut_at_any_page(folder: Path) -> None:
+    content = filled(folder).read_bytes()
+    for length in [*range(1, 200, 33), *range(4096, len(content), 4096), len(content) - 1]:
+        (folder / "vtpm.db").write_bytes(content[:length])
+        refused_and_kept(folder, "damaged")
+
+
+def test_database_is_refused_when_pages_are_overwritten(folder: Path) -> None:
+    content = filled(folder).read_bytes()
+    for start in range(4096, len(content), 4096):
+        (folder / "vtpm.db").write_bytes(content[:start] + b"\xa5" * 4096 + content[start + 4096 :])
+        refused_and_kept(folder, "damaged")
+
+
+def test_nothing_but_our_errors_comes_when_bytes_are_changed_at_random(folder: Path) -> None:
+    """SQLite has no checksums: a change inside a row may pass here, and then fails when the envelope is opened."""
+    content = filled(folder).read_bytes()
+    chance = random.Random(20260101)
+    refusals = 0
+    for _ in range(300):
+        changed = bytearray(content)
+        for _ in range(8):
+            changed[chance.randrange(len(content))] ^= chance.randrange(1, 256)
+        (folder / "vtpm.db").write_bytes(changed)
+        try:
+            with closing(SqliteStore(folder)) as store:
+                for record in store.list_vtpms():
+                    store.read_state(record.id)
+                    store.last_save(record.id)
+                store.list_events()
+        except StateError:
+            refusals += 1
+    assert refusals > 100
+
+
+def test_database_is_refused_when_of_another_application(folder: Path) -> None:
+    database = filled(folder)
+    execute(database, "PRAGMA application_id=1")
+    refused_and_kept(folder, "application id is 0x1")
+
+
+def test_database_is_refused_when_its_schema_is_newer(folder: Path) -> None:
+    database = filled(folder)
+    execute(database, "UPDATE vault_schema SET version = 2")
+    refused_and_kept(folder, "schema version 2")
+
+
+@pytest.mark.parametrize(
+    "statement", ["DROP TABLE vault_schema", "DELETE FROM vault_schema", "UPDATE vault_schema SET version = 0"]
+)
+def test_database_is_refused_when_its_schema_is_not_told(folder: Path, statement: str) -> None:
+    execute(filled(folder), statement)
+    refused_and_kept(folder, "damaged")
+
+
+def test_operation_names_the_file_when_a_table_is_missing(folder: Path) -> None:
+    execute(filled(folder), "DROP TABLE event")
+    with closing(SqliteStore(folder)) as store, pytest.raises(StateError, match=r"vtpm\.db is damaged"):
+        store.list_events()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE vtpm SET tpm_version = '3.0'",
+        "UPDATE vtpm SET domain = 'cloud'",
+        "UPDATE vtpm SET created_at_us = 9000000000000000000",
+    ],
+)
+def test_row_is_refused_when_no_program_of_ours_wrote_it(folder: Path, statement: str) -> None:
+    execute(filled(folder), statement)
+    with closing(SqliteStore(folder)) as store, pytest.raises(StateError, match="damaged"):
+        store.list_vtpms()
+
+
+@pytest.mark.parametrize("lost", ["DELETE FROM state", "DELETE FROM state WHERE kind = 1"])
+def test_vtpm_never_becomes_blank_when_its_state_rows_are_lost(folder: Path, lost: str) -> None:
+    with closing(SqliteStore(folder)) as store:
+        bound = manufacture(store)
+    execute(folder / "vtpm.db", lost)
+    with closing(SqliteStore(folder)) as store:
+        with pytest.raises(StateError, match="never made blank"):
+            store.load_state(bound.id, bound.instance, ENGINE)
+        with pytest.raises(StateError, match="never made blank"):
+            store.issue_permit(bound.id, bound.instance, ENGINE)
+
+
+@pytest.mark.parametrize(
+    "reset",
+    [
+        ["UPDATE vtpm SET permit_state = 'open', permit_id = NULL"],
+        ["UPDATE vtpm SET permit_state = 'open', permit_id = NULL", "DELETE FROM state"],
+        ["UPDATE vtpm SET permit_state = 'open', permit_id = NULL, state_version = 0"],
+    ],
+)
+def test_permit_is_refused_when_only_the_permit_says_that_nothing_was_saved(folder: Path, reset: list[str]) -> None:
+    with closing(SqliteStore(folder)) as store:
+        bound = manufacture(store)
+    execute(folder / "vtpm.db", *reset)
+    with closing(SqliteStore(folder)) as store, pytest.raises(StateError, match="although"):
+        store.issue_permit(bound.id, bound.instance, ENGINE)
+
+
+def test_wrapped_key_is_nowhere_in_the_files_when_vtpm_is_deleted(folder: Path) -> None:
+    with closing(SqliteStore(folder)) as store:
+        bound, sibling = manufacture(store, "web1"), manufacture(store, "web2")
+        assert any(bound.record.wrapped_key in path.read_bytes() for path in folder.iterdir())
+        store.unbind_instance(bound.id, bound.instance)
+        store.delete_vtpm(bound.id)
+        content = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert bound.record.wrapped_key not in content
+    assert bound.id.bytes not in content
+    assert sibling.record.wrapped_key in content
+
+
+def test_store_is_usable_again_when_reopened(folder: Path) -> None:
+    with closing(SqliteStore(folder)) as store:
+        store.create_vtpm(new_record())
+        store.reopen()
+        assert len(store.list_vtpms()) == 1
+    with pytest.raises(StoreError, match="not open"):
+        store.list_vtpms()
