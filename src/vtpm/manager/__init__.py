@@ -1,0 +1,1 @@
+"""vtpm-managerd: registry, life cycle, vault, API. Unprivileged."""

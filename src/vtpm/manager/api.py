@@ -1,0 +1,135 @@
+"""The HTTP API over the service: routes, errors as JSON, and who the caller is. See vtpm.wire.api."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+from fastapi import Body, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from vtpm.errors import VtpmError
+from vtpm.manager.access import Caller
+from vtpm.manager.service import ManagerService
+from vtpm.wire.api import (
+    HTTP_STATUS,
+    ApiError,
+    AuditEvent,
+    CreateVtpm,
+    ShutDown,
+    StartVtpm,
+    Status,
+    StopVtpm,
+    Vtpm,
+)
+
+MAX_BODY_BYTES = 16 * 1024
+MAX_EVENTS = 1000
+MAX_WAIT_S = 30.0
+
+
+def _caller(request: Request) -> Caller:
+    # The server's protocol class puts "uid:gid" there, from SO_PEERCRED; see manager.http_server.
+    uid, _, gid = (request.client.host if request.client else "").partition(":")
+    caller: Caller = request.app.state.caller_of(int(uid), int(gid))
+    return caller
+
+
+By = Annotated[Caller, Depends(_caller)]
+
+
+def make_app(
+    service: ManagerService, caller_of: Callable[[int, int], Caller], shut_down: Callable[[], None]
+) -> FastAPI:
+    """Make the ASGI application.
+
+    Args:
+        service: does the work.
+        caller_of: says who a uid and gid is.
+        shut_down: ends the host's services, once the reply to a shutdown is on its way.
+    """
+    app = FastAPI(title="vtpm-managerd", version="1", docs_url=None, redoc_url=None)
+
+    app.state.caller_of = caller_of
+
+    @app.middleware("http")
+    async def bounded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        length = request.headers.get("content-length", "0")
+        chunked = "transfer-encoding" in request.headers
+        if chunked or not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+            return _error("usage", f"a request's body must have a length, at most {MAX_BODY_BYTES} bytes")
+        if not request.scope["path"].isprintable():
+            # The router would pass over a newline at the end, and take another name for it.
+            return _error("usage", f"{request.scope['path']!r} has characters that no name has")
+        return await call_next(request)
+
+    @app.exception_handler(VtpmError)
+    async def on_vtpm_error(_: Request, error: VtpmError) -> JSONResponse:
+        return _error(error.code, error.message, error.next_step)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first.get("loc", ())[1:])
+        return _error("usage", f"the request's {where or 'body'} is not valid: {first.get('msg', '')}")
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(
+            {"code": "usage", "message": f"the request is not one of this API: {error.detail}", "next_step": ""},
+            error.status_code,
+        )
+
+    # Names are matched as paths: a client's "../x" must be refused as a name, not as an unknown route.
+
+    @app.get("/v1/status")
+    async def status(who: By) -> Status:
+        return await service.status(who)
+
+    @app.get("/v1/vtpms")
+    async def list_vtpms(who: By) -> list[Vtpm]:
+        return list(await service.list(who))
+
+    @app.post("/v1/vtpms", status_code=201)
+    async def create(wanted: CreateVtpm, who: By) -> Vtpm:
+        return await service.create(wanted, who)
+
+    @app.get("/v1/vtpms/{name:path}")
+    async def show(name: str, who: By) -> Vtpm:
+        return await service.show(name, who)
+
+    @app.delete("/v1/vtpms/{name:path}", status_code=204)
+    async def delete(name: str, who: By) -> None:
+        await service.delete(name, who)
+
+    @app.post("/v1/vtpms/{name:path}/start")
+    async def start(name: str, who: By, how: Annotated[StartVtpm | None, Body()] = None) -> Vtpm:
+        return await service.start(name, (how or StartVtpm()).startup, who)
+
+    @app.post("/v1/vtpms/{name:path}/stop")
+    async def stop(name: str, who: By, how: Annotated[StopVtpm | None, Body()] = None) -> Vtpm:
+        return await service.stop(name, who, force=(how or StopVtpm()).force)
+
+    @app.get("/v1/events")
+    async def events(
+        who: By,
+        after: Annotated[int, Query(ge=0, le=2**62)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100,
+        wait_s: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0,
+    ) -> list[AuditEvent]:
+        return list(await service.events(after, limit, wait_s, who))
+
+    @app.post("/v1/shutdown")
+    async def shutdown(who: By) -> ShutDown:
+        done = await service.shut_down(who)
+        shut_down()
+        return done
+
+    return app
+
+
+def _error(code: str, message: str, next_step: str = "") -> JSONResponse:
+    error = ApiError(code, message, next_step)
+    return JSONResponse(error.__dict__, HTTP_STATUS.get(code, 500))

@@ -1,0 +1,118 @@
+"""Turns what the manager knows into what the API shows. Pure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtpm.errors import VtpmError
+from vtpm.vault.records import Event, VtpmRecord
+from vtpm.wire.api import (
+    API_VERSION,
+    AuditEvent,
+    Client,
+    DomainName,
+    LifeState,
+    Owner,
+    PlatformStatus,
+    ProtectionStatus,
+    ServiceStatus,
+    Status,
+    Vtpm,
+)
+from vtpm.wire.keeper import KeeperStatus
+from vtpm.wire.launcher import LauncherStatus, ProtectionLine
+from vtpm.wire.manager_link import ClientKind
+
+if TYPE_CHECKING:
+    from vtpm.manager.service import Running
+
+
+def vtpm(record: VtpmRecord, state: LifeState, running: Running | None) -> Vtpm:
+    """Describe one vTPM; `running` is None when it has no instance."""
+    info = running.info if running else None
+    told = running.link.facts.client if running else None
+    client = None
+    if told is not None and told.client is not ClientKind.NONE:
+        client = Client(told.client.name.lower(), told.pid, told.uid)
+    return Vtpm(
+        name=record.name,
+        uuid=record.id,
+        owner=Owner(record.owner_uid, record.owner_gid),
+        vm_uuid=record.vm_uuid,
+        tpm_version=record.tpm_version,
+        domain=DomainName(record.domain),
+        state=state,
+        epoch=record.epoch,
+        version=record.state_version,
+        measurement=info.measurement if info else "",
+        control_socket=info.control_socket if info else "",
+        tcti=f"swtpm:path={info.data_socket}" if info else "",
+        pid=info.pid if info else None,
+        client=client,
+        reason=running.reason if running and state is LifeState.FAILED else "",
+        created_at=record.created_at.isoformat(),
+    )
+
+
+def audit_event(event: Event) -> AuditEvent:
+    """Describe one line of the audit log."""
+    return AuditEvent(
+        event.event_id, event.time.isoformat(), event.actor_uid, event.kind, event.vtpm_name, json.loads(event.detail)
+    )
+
+
+def status(
+    run_dir: Path,
+    state_dir: Path,
+    vtpms: int,
+    running: int,
+    keeper: KeeperStatus | VtpmError,
+    launcher: LauncherStatus | VtpmError,
+    protections: Sequence[ProtectionLine],
+) -> Status:
+    """Describe the host; a service that does not answer is given as its error."""
+    warnings: list[str] = []
+    platform = None
+    services = []
+    if isinstance(keeper, VtpmError):
+        services.append(ServiceStatus("vtpm-keeper", False, None, str(keeper)))
+        warnings.append("The keeper does not answer: running vTPMs go on, none can be started")
+    else:
+        services.append(ServiceStatus("vtpm-keeper", True, None, ""))
+        platform = PlatformStatus(
+            keeper.kind,
+            keeper.tcti,
+            keeper.manufacturer,
+            keeper.pcr_selection,
+            keeper.protection,
+            keeper.reachable,
+        )
+        if not keeper.reachable:
+            warnings.append("The platform TPM does not answer: the keeper could not start again now")
+        warnings.extend(keeper.warnings)
+    if isinstance(launcher, VtpmError):
+        services.append(ServiceStatus("vtpm-launcher", False, None, str(launcher)))
+        warnings.append("The launcher does not answer: no vTPM can run")
+    else:
+        services.append(ServiceStatus("vtpm-launcher", True, launcher.pid, ""))
+        if not launcher.privileged:
+            warnings.append("The launcher is not root: all vTPMs run under one user id, in namespaces of their own")
+    warnings.append(
+        "State put back from an older copy of the store is not refused by this release: see docs/threat-model.md"
+    )
+    return Status(
+        version=importlib.metadata.version("vtpm"),
+        api_version=API_VERSION,
+        state_dir=str(state_dir),
+        run_dir=str(run_dir),
+        vtpms=vtpms,
+        running=running,
+        platform=platform,
+        services=services,
+        confinement=[ProtectionStatus(line.step, line.status, line.why) for line in protections],
+        warnings=list(dict.fromkeys(warnings)),
+    )

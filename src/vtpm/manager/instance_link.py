@@ -1,0 +1,311 @@
+"""The manager's end of one instance's manager link, under asyncio.
+
+Identity is this object's: it was made with the descriptor that the launcher gave for one vTPM and instance, and no
+message can claim another. Messages are refused and counted when they are malformed or out of order, never followed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import socket
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
+from vtpm.tpm.types import InstanceId, Startup, TpmVersion, VtpmId
+from vtpm.vault.records import SaveAck
+from vtpm.vault.vault import PermitGranted, Vault
+from vtpm.wire.framing import BadFrame, Deframer, encode_frame
+from vtpm.wire.manager_link import (
+    MAX_BODY_BYTES,
+    SESSION_BYTES,
+    ClientChanged,
+    Direction,
+    Done,
+    Hello,
+    LinkPower,
+    Load,
+    LoadError,
+    Note,
+    Permit,
+    PowerChanged,
+    PowerOn,
+    Ready,
+    Retry,
+    SaveBegin,
+    SaveChunk,
+    Saved,
+    SaveError,
+    Shutdown,
+    ShutdownMode,
+    ToInstance,
+    decode_message,
+    encode_message,
+)
+from vtpm.wire.manager_link_peers import CompletedSave, SaveReceiver, state_messages
+
+_READ_BYTES = 65536
+_MAX_OUT_BYTES = 16 * 1024 * 1024
+_COMPLAINTS_LOGGED = 10
+READY_TIMEOUT_S = 10.0
+_log = logging.getLogger("vtpm.manager.link")
+
+
+@dataclass
+class LinkFacts:
+    """What the instance has said of itself."""
+
+    power: LinkPower = LinkPower.OFF
+    client: ClientChanged | None = None
+    engine_version: int = 0
+
+
+class InstanceLink:
+    """See the module.
+
+    Args:
+        sock: the descriptor from the launcher.
+        name, vtpm_id, instance_id, tpm_version: whose it is.
+        vault: where its saves go.
+        on_change: called when `facts` changed, with a line for the audit log or "".
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        vtpm_id: VtpmId,
+        instance_id: InstanceId,
+        tpm_version: TpmVersion,
+        vault: Vault,
+        on_change: Callable[[InstanceLink, str], None],
+    ) -> None:
+        sock.setblocking(False)
+        self.name = name
+        self.vtpm_id = vtpm_id
+        self.instance_id = instance_id
+        self.facts = LinkFacts()
+        self.complaints = 0
+        """Messages refused so far."""
+        self._sock = sock
+        self._tpm_version = tpm_version
+        self._vault = vault
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._deframer = Deframer(MAX_BODY_BYTES)
+        self._saves = SaveReceiver()
+        self._saving: Future[SaveAck] | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._out: deque[memoryview] = deque()
+        self._out_bytes = 0
+        self._seq = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[Done]] = {}
+        self._session = secrets.token_bytes(SESSION_BYTES)
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self.closed = False
+        self._loop.add_reader(sock, self._on_readable)
+        self._send(Hello(self._session))
+
+    # -- what the manager wants -------------------------------------------------------------------------------------
+    async def ready(self) -> Ready:
+        """Wait until the instance has answered the hello.
+
+        Raises:
+            UnavailableError: it did not in READY_TIMEOUT_S, or the link ended.
+        """
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._ready), READY_TIMEOUT_S)
+        except TimeoutError:
+            raise UnavailableError(f"the instance of {self.name} did not answer in {READY_TIMEOUT_S:g} s") from None
+
+    async def power_on(self, startup: Startup, timeout_s: float) -> None:
+        """Have the TPM powered on. Raises VtpmError: it was not; the message says why."""
+        await self._ask(lambda seq: PowerOn(seq, startup), "power-on", timeout_s)
+
+    async def shut_down(self, mode: ShutdownMode, timeout_s: float) -> None:
+        """Have the TPM powered off and the instance end. Raises VtpmError: it did not."""
+        await self._ask(lambda seq: Shutdown(seq, mode), "shutdown", timeout_s)
+
+    def close(self) -> None:
+        """Let go of the link. Saves under way go on in the vault, and are not answered."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        if self._loading is not None:
+            self._loading.cancel()
+        gone = UnavailableError(f"the instance of {self.name} is gone")
+        waiters: list[asyncio.Future[Any]] = [self._ready, *self._asked.values()]
+        for waiting in waiters:
+            if not waiting.done():
+                waiting.set_exception(gone)
+                # Nobody may be waiting; that is no defect.
+                waiting.exception()
+        self._asked.clear()
+
+    async def _ask(self, message: Callable[[int], PowerOn | Shutdown], what: str, timeout_s: float) -> None:
+        seq = next(self._seq)
+        answer: asyncio.Future[Done] = self._loop.create_future()
+        self._asked[seq] = answer
+        self._send(message(seq))
+        try:
+            done = await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            raise UnavailableError(
+                f"the instance of {self.name} did not finish its {what} in {timeout_s:g} s"
+            ) from None
+        finally:
+            self._asked.pop(seq, None)
+        if done.code:
+            raise StateError(f"{what} of {self.name} failed ({done.code}): {done.message}")
+
+    # -- bytes ------------------------------------------------------------------------------------------------------
+    def _on_readable(self) -> None:
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            # The launcher says what became of the instance; here it is only silent.
+            self._loop.remove_reader(self._sock)
+            return
+        for body in self._deframer.feed(data):
+            if self.closed:
+                return
+            if isinstance(body, BadFrame):
+                self._complain(f"a frame was skipped: {body.damage.value}")
+                continue
+            try:
+                self._receive(decode_message(body, Direction.TO_MANAGER))
+            except ProtocolError as error:
+                self._complain(error.message)
+
+    def _send(self, message: ToInstance) -> None:
+        if self.closed:
+            return
+        frame = encode_frame(encode_message(message))
+        self._out_bytes += len(frame)
+        if self._out_bytes > _MAX_OUT_BYTES:
+            self._complain("it asks for more than it reads; the link is closed")
+            self.close()
+            return
+        self._out.append(memoryview(frame))
+        if len(self._out) == 1:
+            self._on_writable()
+
+    def _on_writable(self) -> None:
+        while self._out:
+            try:
+                sent = self._sock.send(self._out[0])
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._on_writable)
+                return
+            except OSError:
+                self._out.clear()
+                break
+            self._out_bytes -= sent
+            if sent < len(self._out[0]):
+                self._out[0] = self._out[0][sent:]
+            else:
+                self._out.popleft()
+        self._loop.remove_writer(self._sock)
+
+    def _complain(self, what: str) -> None:
+        self.complaints += 1
+        if self.complaints <= _COMPLAINTS_LOGGED or self.complaints % 1000 == 0:
+            _log.warning("%s: refused (%d so far): %s", self.name, self.complaints, what)
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+    def _receive(self, message: object) -> None:
+        match message:
+            case SaveBegin() | SaveChunk() | Load() if not self._ready.done():
+                # Sent before the instance heard this hello, perhaps to a manager that died. Nothing is known of its
+                # engine yet, and what is still open comes once more after Ready.
+                return
+            case SaveBegin() | SaveChunk():
+                save = self._saves.receive(message)
+                if save is not None:
+                    self._save(save)
+            case Load(seq=seq):
+                if self._loading is not None and not self._loading.done():
+                    raise ProtocolError("a load came while another was being answered")
+                self._loading = self._loop.create_task(self._load(seq))
+            case Ready():
+                self._on_ready(message)
+            case PowerChanged(power=power, why=why):
+                self.facts.power = power
+                self._on_change(self, why if power is LinkPower.FAILED else "")
+            case ClientChanged():
+                self.facts.client = message
+                self._on_change(self, "")
+            case Done(seq=seq):
+                answer = self._asked.get(seq)
+                if answer is None or answer.done():
+                    raise ProtocolError(f"nobody asked for the answer to {seq}")
+                answer.set_result(message)
+            case Note(message=text):
+                self._on_change(self, text)
+
+    def _on_ready(self, message: Ready) -> None:
+        if message.session != self._session:
+            raise ProtocolError("it answered another hello")
+        if message.tpm_version is not self._tpm_version:
+            raise ProtocolError(f"it says it is a TPM {message.tpm_version}, not a {self._tpm_version}")
+        self.facts.power = message.power
+        self.facts.engine_version = message.engine_version
+        if not self._ready.done():
+            self._ready.set_result(message)
+        self._on_change(self, "")
+
+    def _save(self, save: CompletedSave) -> None:
+        if self._saving is not None and not self._saving.done():
+            self._refuse_save(save.seq, ProtocolError("a save came while another was under way"))
+            return
+        try:
+            self._saving = self._vault.save(
+                self.vtpm_id, self.instance_id, save.seq, save.kind, save.data, save.permit_id
+            )
+        except VtpmError as error:
+            self._refuse_save(save.seq, error)
+            return
+        self._saving.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._saved, save.seq, done))
+
+    def _saved(self, seq: int, done: Future[SaveAck]) -> None:
+        error = done.exception()
+        if error is None:
+            self._send(Saved(seq))
+        else:
+            self._refuse_save(seq, error)
+
+    def _refuse_save(self, seq: int, error: BaseException) -> None:
+        known = error if isinstance(error, VtpmError) else StoreError(f"the vault failed: {type(error).__name__}")
+        self._complain(f"save {seq}: {known.message}")
+        self._send(SaveError(seq, Retry.FINAL, known.code, known.message))
+        self._on_change(self, f"a save was refused: {known.message}")
+
+    async def _load(self, seq: int) -> None:
+        try:
+            answer = await asyncio.to_thread(
+                self._vault.load, self.vtpm_id, self.instance_id, self.facts.engine_version
+            )
+        except VtpmError as error:
+            retry = Retry.LATER if isinstance(error, StoreError) else Retry.FINAL
+            _log.error("%s: load refused: %s", self.name, error)
+            self._send(LoadError(seq, retry, error.code, error.message))
+            self._on_change(self, f"a load was refused: {error.message}")
+            return
+        if isinstance(answer, PermitGranted):
+            self._send(Permit(seq, answer.permit_id))
+            return
+        for message in state_messages(seq, answer):
+            self._send(message)

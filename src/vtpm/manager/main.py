@@ -1,0 +1,101 @@
+"""vtpm-managerd: entry of the manager. Starts what is missing, drops privileges, takes up what runs, serves the API."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtpm.confine.service import become, forbid_dumps, lock_memory
+from vtpm.confine.title import set_title
+from vtpm.errors import VtpmError
+from vtpm.manager.access import Caller
+from vtpm.manager.api import make_app
+from vtpm.manager.config import Config, load_config
+from vtpm.manager.http_server import ApiServer
+from vtpm.manager.service import ManagerService
+from vtpm.manager.services import Layout, lay_out, start_services
+from vtpm.vault.committer import Committer
+from vtpm.vault.sqlite_store import SqliteStore
+from vtpm.vault.vault import Vault
+from vtpm.wire.api import MANAGER_SOCKET
+from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
+from vtpm.wire.packet_socket import ServiceLock
+from vtpm.wire.unix_socket import bind_unix_socket
+
+_log = logging.getLogger("vtpm.manager")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the manager until SIGTERM or SIGINT, which end the manager alone; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="vtpm-managerd", description="Manages the virtual TPMs of this host, in the foreground."
+    )
+    parser.add_argument("--config", type=Path, help="TOML file of settings")
+    parser.add_argument("--state-dir", type=Path, help="what must last (root: /var/lib/vtpm)")
+    parser.add_argument("--run-dir", type=Path, help="sockets (root: /run/vtpm)")
+    parser.add_argument("--platform-tpm", help="embedded, or a TCTI such as device:/dev/tpmrm0")
+    args = parser.parse_args(argv)
+    set_up_logging("vtpm-managerd")
+    try:
+        config = load_config(
+            args.config,
+            {"state_dir": args.state_dir, "run_dir": args.run_dir, "platform_tpm": args.platform_tpm},
+        )
+        layout = lay_out(config)
+        lock = ServiceLock(config.run_dir, "manager")
+        # Whoever connects is known by SO_PEERCRED, and what they may do follows from that.
+        listener = bind_unix_socket(config.run_dir / MANAGER_SOCKET, socket.SOCK_STREAM, mode=0o666)
+        start_services(config, layout)
+        set_title("vtpm-managerd")
+        lock_memory()
+        become("vtpm-managerd", layout.manager_uid, layout.manager_gid)
+        forbid_dumps()
+        asyncio.run(_serve(config, layout, listener))
+        del lock
+    except VtpmError as error:
+        _log.error("%s", error)
+        return error.exit_status
+    return 0
+
+
+async def _serve(config: Config, layout: Layout, listener: socket.socket) -> None:
+    committer = Committer(SqliteStore(layout.vault_dir))
+    vault = Vault(committer)
+    service = ManagerService(config.run_dir, config.state_dir, committer, vault)
+    try:
+        await service.begin()
+        ending, shut_down = asyncio.Event(), asyncio.Event()
+        admins = {0, os.geteuid(), *config.admin_uids}
+
+        def caller_of(uid: int, gid: int) -> Caller:
+            return Caller(uid, gid, uid in admins, gid in config.create_gids)
+
+        def end_all() -> None:
+            shut_down.set()
+            ending.set()
+
+        server = ApiServer(make_app(service, caller_of, end_all))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        serving.add_done_callback(lambda _: ending.set())
+        ready()
+        _log.info("ready: %s", config.run_dir / MANAGER_SOCKET)
+        await end_when_signalled((signal.SIGTERM, signal.SIGINT), ending)
+        server.should_exit = True
+        await serving
+        if shut_down.is_set():
+            await service.end_services()
+    finally:
+        await service.end()
+        vault.close()
+        committer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

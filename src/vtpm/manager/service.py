@@ -1,0 +1,575 @@
+"""What the manager does: creates, starts, stops and deletes vTPMs, and follows what happens to their instances.
+
+Orchestrates registry and vault (durable truth), keeper (keys) and launcher (instances). One asyncio loop; what blocks
+runs in threads. Nothing here depends on the kind of domain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import vtpm.manager.describe as describe
+from vtpm.errors import ConflictError, NotFoundError, StateError, UnavailableError, UsageError, VtpmError
+from vtpm.manager.access import Caller, may_create, require_owner, sees
+from vtpm.manager.allowance import Allowance
+from vtpm.manager.instance_link import InstanceLink
+from vtpm.manager.lifecycle import Happening, after
+from vtpm.tpm.types import Startup, VtpmId
+from vtpm.vault.committer import Committer
+from vtpm.vault.records import DomainKind, Event, VtpmRecord, valid_name
+from vtpm.vault.store import Store
+from vtpm.vault.vault import Vault
+from vtpm.wire.api import AuditEvent, CreateVtpm, LifeState, ShutDown, Status, Vtpm
+from vtpm.wire.keeper import KeeperClient, KeeperStatus
+from vtpm.wire.launcher import (
+    LAUNCHER,
+    LAUNCHER_SOCKET,
+    Ended,
+    InstanceInfo,
+    LauncherStatus,
+    NoArgs,
+    Replaced,
+    StartArgs,
+    VtpmArgs,
+)
+from vtpm.wire.manager_link import ClientKind, LinkPower, ShutdownMode
+from vtpm.wire.packet_socket import AsyncPacketClient, close_fds
+
+START_TIMEOUT_S = 60.0
+"""Of the launcher's part; a TPM 1.2 makes an RSA key when it is manufactured, which is slow under emulation."""
+POWER_ON_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 15.0
+CALL_TIMEOUT_S = 10.0
+RECONNECT_S = 0.5
+POWER_PAUSE_S = 5.0
+_log = logging.getLogger("vtpm.manager")
+T = TypeVar("T")
+
+
+@dataclass
+class Running:
+    """What the manager holds of a vTPM that has an instance."""
+
+    record: VtpmRecord
+    info: InstanceInfo
+    link: InstanceLink
+    reason: str = ""
+    following: bool = False
+    """Whether `_follow_power` is at work on it."""
+    notes: Allowance = field(default_factory=Allowance)
+    """What the audit log takes of the instance's notes: it may have been taken over and write without end."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ManagerService:
+    """See the module.
+
+    Args:
+        run_dir, state_dir: the services' directories.
+        committer: owns the store.
+        vault: over that committer.
+    """
+
+    def __init__(self, run_dir: Path, state_dir: Path, committer: Committer, vault: Vault) -> None:
+        self.run_dir = run_dir
+        self.state_dir = state_dir
+        self.running: dict[VtpmId, Running] = {}
+        self.launcher: AsyncPacketClient | None = None
+        self.events_changed = asyncio.Condition()
+        self._committer = committer
+        self._vault = vault
+        self._keeper = KeeperClient(run_dir, timeout_s=CALL_TIMEOUT_S)
+        self._locks: dict[VtpmId, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._states: dict[VtpmId, LifeState] = {}
+        self._closing = False
+
+    # -- start and end of the manager -------------------------------------------------------------------------------
+    async def begin(self) -> None:
+        """Connect to the launcher and take up what runs. Raises UnavailableError: there is no launcher."""
+        await self._connect_launcher()
+        await self._reconcile()
+
+    async def end(self) -> None:
+        """Let go of everything; instances run on."""
+        self._closing = True
+        for task in list(self._tasks):
+            task.cancel()
+        for running in list(self.running.values()):
+            running.link.close()
+        if self.launcher is not None:
+            self.launcher.close()
+
+    async def _connect_launcher(self) -> None:
+        client = AsyncPacketClient(LAUNCHER, self.run_dir / LAUNCHER_SOCKET, self._on_launcher_event)
+        await client.connect(CALL_TIMEOUT_S)
+        self.launcher = client
+        self._spawn(self._follow_launcher(client))
+
+    async def _follow_launcher(self, client: AsyncPacketClient) -> None:
+        await client.closed
+        if self._closing:
+            return
+        _log.error("the launcher is gone, and all instances with it; start vtpm-managerd again, or vtpm-launcher")
+        self.launcher = None
+        for running in list(self.running.values()):
+            await self._settle_end(running, "the launcher is gone")
+        while not self._closing:
+            try:
+                await self._connect_launcher()
+            except VtpmError:
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            await self._reconcile()
+            return
+
+    async def _reconcile(self) -> None:
+        """Bring registry and launcher together, by the crash rule of each state."""
+        records = {record.id: record for record in await self._store(lambda store: store.list_vtpms())}
+        alive = (await self._call("list", NoArgs()))[0].vtpm_ids
+        for vtpm_id in alive:
+            record = records.get(vtpm_id)
+            if record is not None and LifeState(record.lifecycle) in (LifeState.RUNNING, LifeState.FAILED):
+                try:
+                    await self._take_up(record)
+                    continue
+                except VtpmError as error:
+                    _log.error("%s: its instance cannot be taken up again: %s", record.name, error)
+            await self._end_instance(vtpm_id)
+        for record in records.values():
+            if record.id in self.running:
+                continue
+            self._states[record.id] = LifeState(record.lifecycle)
+            await self._settle_record(record, "no instance was found when the manager started")
+
+    async def _take_up(self, record: VtpmRecord) -> None:
+        info, fds = await self._call("attach", VtpmArgs(record.id))
+        link_socket = _one_socket(fds)
+        try:
+            key = await self._key(record)
+            if record.instance_id != info.instance_id:
+                await self._store(
+                    lambda store: store.bind_instance(record.id, info.instance_id, replaces=record.instance_id)
+                )
+            await asyncio.to_thread(self._vault.open_vtpm, record.id, key)
+        except BaseException:
+            link_socket.close()
+            raise
+        self._states[record.id] = LifeState(record.lifecycle)
+        running = self._follow(record, info, link_socket)
+        await running.link.ready()
+        _log.info("%s: its instance %d is taken up again", record.name, info.pid)
+
+    # -- what callers ask -------------------------------------------------------------------------------------------
+    async def create(self, wanted: CreateVtpm, caller: Caller) -> Vtpm:
+        """Register a vTPM with a key of its own; it is manufactured at its first start."""
+        may_create(caller)
+        name = valid_name(wanted.name)
+        if DomainKind(wanted.domain) is not DomainKind.PROCESS:
+            raise UsageError(
+                f"vTPM {name} cannot have the domain {wanted.domain}: this release has only process domains",
+                next_step="Use --domain process",
+            )
+        vtpm_id = VtpmId(uuid4())
+        new_key = await asyncio.to_thread(self._keeper.new_key, vtpm_id)
+        record = VtpmRecord(
+            id=vtpm_id,
+            name=name,
+            owner_uid=caller.uid,
+            owner_gid=caller.gid,
+            vm_uuid=wanted.vm_uuid,
+            tpm_version=wanted.tpm_version,
+            domain=DomainKind(wanted.domain),
+            created_at=datetime.now(UTC),
+            wrapped_key=new_key.wrapped,
+        )
+        event = _event(caller.uid, "created", record, tpm_version=record.tpm_version, domain=record.domain)
+        await self._store(lambda store: store.create_vtpm(record, event=event))
+        await self._events_came()
+        return self._describe(record)
+
+    async def list(self, caller: Caller) -> Sequence[Vtpm]:
+        """Return the vTPMs that the caller may see, by name."""
+        records = await self._store(lambda store: store.list_vtpms())
+        return [self._describe(record) for record in records if sees(caller, record)]
+
+    async def show(self, name: str, caller: Caller) -> Vtpm:
+        """Return one vTPM."""
+        return self._describe(await self._find(name, caller))
+
+    async def start(self, name: str, startup: Startup, caller: Caller) -> Vtpm:
+        """Start a vTPM: an instance, powered on, answering on its tcti."""
+        record = await self._find(name, caller)
+        async with self._lock(record.id):
+            if self._state(record) is LifeState.FAILED and (running := self.running.get(record.id)) is not None:
+                if _has_emulator(running):
+                    raise ConflictError(f"vTPM {name} failed under a guest", next_step="Reset the guest, or stop it")
+                await self._stop_locked(record, running, caller, ShutdownMode.IMMEDIATE)
+            await self._move(record, Happening.START)
+            try:
+                running = await self._start_locked(record, startup)
+            except VtpmError as error:
+                event = _event(caller.uid, "start_failed", record, why=str(error))
+                if self._state(record) is LifeState.STARTING:
+                    await self._move(record, Happening.START_FAILED, event)
+                else:
+                    # The end of its instance was noted already.
+                    await self._append(event)
+                raise
+            await self._move(record, Happening.STARTED, _event(caller.uid, "started", record, pid=running.info.pid,
+                             measurement=running.info.measurement))  # fmt: skip
+        return self._describe(await self._find(name, caller))
+
+    async def stop(self, name: str, caller: Caller, *, force: bool = False) -> Vtpm:
+        """End a vTPM's instance in order: TPM2_Shutdown, all state saved. `force`: also under a virtual machine."""
+        record = await self._find(name, caller)
+        async with self._lock(record.id):
+            running = self.running.get(record.id)
+            if running is None:
+                raise ConflictError(f"vTPM {name} is {self._state(record)}: there is nothing to stop")
+            if _has_emulator(running) and not force:
+                raise ConflictError(
+                    f"vTPM {name} is in use by a virtual machine, which would lose its TPM",
+                    next_step="Shut the machine down first, or use --force",
+                )
+            await self._stop_locked(record, running, caller, ShutdownMode.ORDERLY)
+        return self._describe(await self._find(name, caller))
+
+    async def delete(self, name: str, caller: Caller) -> None:
+        """Destroy a stopped vTPM's key, state and record."""
+        record = await self._find(name, caller)
+        async with self._lock(record.id):
+            after(name, self._state(record), Happening.DELETE)
+            event = _event(caller.uid, "deleted", record)
+            await self._store(lambda store: store.delete_vtpm(record.id, event=event))
+            self._states.pop(record.id, None)
+        self._locks.pop(record.id, None)
+        await self._events_came()
+
+    async def events(self, after_id: int, limit: int, wait_s: float, caller: Caller) -> Sequence[AuditEvent]:
+        """Return audit events after an id; waits for the first one up to wait_s."""
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while True:
+            found = await self._store(partial(_list_events, after_id, limit))
+            mine = {record.id for record in await self._store(lambda store: store.list_vtpms()) if sees(caller, record)}
+            seen = [describe.audit_event(event) for event in found if caller.is_admin or event.vtpm_id in mine]
+            left = deadline - asyncio.get_running_loop().time()
+            if seen or left <= 0:
+                return seen
+            if found:
+                after_id = found[-1].event_id
+                continue
+            async with self.events_changed:
+                try:
+                    await asyncio.wait_for(self.events_changed.wait(), left)
+                except TimeoutError:
+                    return []
+
+    async def shut_down(self, caller: Caller) -> ShutDown:
+        """Stop every vTPM in order, for `vtpm shutdown`; the caller then ends the services."""
+        caller.require_admin("shut the host's vTPMs down")
+        stopped = []
+        for running in list(self.running.values()):
+            name = running.record.name
+            try:
+                await self.stop(name, caller, force=True)
+            except VtpmError as error:
+                _log.error("%s: not stopped in order: %s", name, error)
+                continue
+            stopped.append(name)
+        await self._append(Event(datetime.now(UTC), caller.uid, "shutdown", detail=json.dumps({"stopped": stopped})))
+        return ShutDown(stopped)
+
+    async def end_services(self) -> None:
+        """End launcher and keeper, after `shut_down`."""
+        self._closing = True
+        try:
+            await self._call("end", NoArgs())
+        except VtpmError as error:
+            _log.error("the launcher was not ended: %s", error)
+        try:
+            await asyncio.to_thread(self._keeper.end)
+        except VtpmError as error:
+            _log.error("the keeper was not ended: %s", error)
+
+    async def status(self, caller: Caller) -> Status:
+        """Say how the host's services are."""
+        records = await self._store(lambda store: store.list_vtpms())
+        keeper: KeeperStatus | VtpmError
+        launcher: LauncherStatus | VtpmError
+        try:
+            keeper = await asyncio.to_thread(self._keeper.status)
+        except VtpmError as error:
+            keeper = error
+        try:
+            launcher = (await self._call("status", NoArgs()))[0]
+        except VtpmError as error:
+            launcher = error
+        protections = next(iter(running.info.protections for running in self.running.values()), ())
+        return describe.status(
+            self.run_dir, self.state_dir, len(records), len(self.running), keeper, launcher, protections
+        )
+
+    # -- starting and stopping --------------------------------------------------------------------------------------
+    async def _start_locked(self, record: VtpmRecord, startup: Startup) -> Running:
+        key = await self._key(record)
+        args = StartArgs(
+            record.id, record.name, record.tpm_version, record.domain.value, record.owner_uid, record.owner_gid
+        )
+        info, fds = await self._call("start", args, START_TIMEOUT_S)
+        link_socket = _one_socket(fds)
+        try:
+            await self._store(
+                lambda store: store.bind_instance(record.id, info.instance_id, replaces=record.instance_id)
+            )
+            await asyncio.to_thread(self._vault.open_vtpm, record.id, key)
+        except BaseException:
+            link_socket.close()
+            await self._end_instance(record.id)
+            raise
+        running = self._follow(record, info, link_socket)
+        try:
+            await running.link.ready()
+            await running.link.power_on(startup, POWER_ON_TIMEOUT_S)
+        except VtpmError:
+            await self._end_instance(record.id)
+            await self._settle_end(running, "its start failed")
+            raise
+        return running
+
+    async def _stop_locked(self, record: VtpmRecord, running: Running, caller: Caller, mode: ShutdownMode) -> None:
+        await self._move(record, Happening.STOP)
+        try:
+            await running.link.shut_down(mode, STOP_TIMEOUT_S)
+            await asyncio.wait_for(running.ended.wait(), STOP_TIMEOUT_S)
+        except (VtpmError, TimeoutError) as error:
+            _log.warning("%s: it is ended without an orderly shutdown: %s", record.name, error)
+            await self._end_instance(record.id)
+            # Perhaps it died meanwhile, and what is followed now is its successor.
+            await self._settle_end(self.running.get(record.id, running), "it did not shut down in order")
+            # Whoever settles its end, the vTPM is stopped when this returns.
+            await running.ended.wait()
+        await self._append(_event(caller.uid, "stopped", record))
+
+    async def _end_instance(self, vtpm_id: VtpmId) -> None:
+        try:
+            await self._call("stop", VtpmArgs(vtpm_id), STOP_TIMEOUT_S)
+        except NotFoundError:
+            return
+        except VtpmError as error:
+            # With the launcher's end its instances end too; whoever calls this has the rest to settle.
+            _log.error("the instance of vTPM %s was not ended: %s", vtpm_id, error)
+
+    def _follow(self, record: VtpmRecord, info: InstanceInfo, link_socket: socket.socket) -> Running:
+        link = InstanceLink(
+            link_socket, record.name, record.id, info.instance_id, record.tpm_version, self._vault, self._on_link_change
+        )
+        running = Running(record, info, link)
+        self.running[record.id] = running
+        return running
+
+    # -- what happens by itself -------------------------------------------------------------------------------------
+    def _on_launcher_event(self, event: str, args: Any, fds: tuple[int, ...]) -> None:
+        if isinstance(args, Replaced) and len(fds) == 1:
+            self._spawn(self._on_replaced(args, _one_socket(fds)))
+        elif isinstance(args, Ended):
+            close_fds(fds)
+            running = self.running.get(args.vtpm_id)
+            if running is not None and running.info.instance_id == args.instance_id:
+                self._spawn(self._settle_end(running, args.how))
+        else:
+            close_fds(fds)
+
+    async def _on_replaced(self, args: Replaced, link_socket: socket.socket) -> None:
+        info = args.instance
+        running = self.running.get(info.vtpm_id)
+        if running is None or running.info.instance_id != args.dead_instance_id:
+            # Not ours to follow (a start that failed meanwhile): a vTPM without a manager must not run.
+            link_socket.close()
+            await self._end_instance(info.vtpm_id)
+            return
+        record = running.record
+        if self._state(record) is LifeState.STOPPING:
+            # It was being stopped, and now it is.
+            link_socket.close()
+            await self._end_instance(record.id)
+            await self._settle_end(running, args.how)
+            return
+        running.link.close()
+        try:
+            await self._store(
+                lambda store: store.bind_instance(record.id, info.instance_id, replaces=args.dead_instance_id)
+            )
+        except VtpmError as error:
+            _log.error("%s: its successor is not accepted: %s", record.name, error)
+            link_socket.close()
+            await self._end_instance(record.id)
+            await self._settle_end(running, f"its successor was not accepted: {error.message}")
+            return
+        ended = running.ended
+        successor = self._follow(record, info, link_socket)
+        successor.ended = ended
+        successor.reason = f"its instance died: {args.how}"
+        await self._move(record, Happening.DIED, _event(None, "instance_died", record, how=args.how, pid=info.pid))
+
+    async def _settle_end(self, running: Running, how: str) -> None:
+        """An instance is gone and none follows: note it, once."""
+        record = running.record
+        if self.running.get(record.id) is not running:
+            return
+        del self.running[record.id]
+        running.link.close()
+        self._vault.close_vtpm(record.id)
+        try:
+            await self._settle_record(record, how)
+        except VtpmError as error:
+            # It is gone, whatever the store says; the next start, or the next manager, brings the store after it.
+            _log.error("%s: its end was not noted: %s", record.name, error)
+            self._states[record.id] = LifeState.STOPPED
+        finally:
+            running.ended.set()
+
+    async def _settle_record(self, record: VtpmRecord, how: str) -> None:
+        current = await self._store(lambda store: store.get_vtpm(record.id))
+        bound = current.instance_id
+        if bound is not None:
+            await self._store(lambda store: store.unbind_instance(record.id, bound))
+        if self._state(record) in (LifeState.STOPPED, LifeState.MOVED, LifeState.FROZEN):
+            return
+        expected = self._state(record) is LifeState.STOPPING
+        await self._move(record, Happening.ENDED, None if expected else _event(None, "instance_ended", record, how=how))
+
+    def _on_link_change(self, link: InstanceLink, note: str) -> None:
+        running = self.running.get(link.vtpm_id)
+        if running is None or running.link is not link:
+            return
+        if link.facts.power is LinkPower.FAILED:
+            running.reason = note or running.reason or "its TPM failed"
+        elif note and running.notes.take():
+            self._spawn(self._append(_event(None, "note", running.record, note=note)))
+        if not running.following:
+            running.following = True
+            self._spawn(self._follow_power(running))
+
+    async def _follow_power(self, running: Running) -> None:
+        """Bring the life cycle after the TPM's power, one step at a time however often an instance changes it."""
+        record = running.record
+        try:
+            while self.running.get(record.id) is running:
+                power, state = running.link.facts.power, self._state(record)
+                if power is LinkPower.FAILED and state is LifeState.RUNNING:
+                    happening, event = Happening.ENGINE_FAILED, _event(None, "tpm_failed", record, why=running.reason)
+                elif power is LinkPower.ON and state is LifeState.FAILED:
+                    running.reason = ""
+                    happening, event = Happening.RESET, _event(None, "guest_reset", record)
+                else:
+                    return
+                if not running.notes.take():
+                    # It changes its power without end; siblings share the store that each change is written to.
+                    await asyncio.sleep(POWER_PAUSE_S)
+                await self._move_quietly(record, happening, event)
+        finally:
+            running.following = False
+
+    # -- small things -----------------------------------------------------------------------------------------------
+    async def _find(self, name: str, caller: Caller) -> VtpmRecord:
+        valid_name(name)
+        record = await self._store(lambda store: store.find_vtpm(name))
+        require_owner(caller, record)
+        return record
+
+    def _state(self, record: VtpmRecord) -> LifeState:
+        return self._states.get(record.id, LifeState(record.lifecycle))
+
+    async def _move(self, record: VtpmRecord, happening: Happening, event: Event | None = None) -> None:
+        following = after(record.name, self._state(record), happening)
+        before = self._states.get(record.id)
+        self._states[record.id] = following
+        try:
+            await self._store(lambda store: store.set_lifecycle(record.id, following, event=event))
+        except VtpmError:
+            if happening in (Happening.START, Happening.STOP) and before is not None:
+                # Nothing was begun: the caller may try again when the store takes it.
+                self._states[record.id] = before
+            elif happening in (Happening.START, Happening.STOP):
+                del self._states[record.id]
+            raise
+        if event is not None:
+            await self._events_came()
+
+    async def _move_quietly(self, record: VtpmRecord, happening: Happening, event: Event) -> None:
+        try:
+            await self._move(record, happening, event)
+        except VtpmError as error:
+            _log.warning("%s: %s", record.name, error)
+
+    async def _append(self, event: Event) -> None:
+        await self._store(lambda store: store.append_event(event))
+        await self._events_came()
+
+    async def _events_came(self) -> None:
+        async with self.events_changed:
+            self.events_changed.notify_all()
+
+    def _describe(self, record: VtpmRecord) -> Vtpm:
+        return describe.vtpm(record, self._state(record), self.running.get(record.id))
+
+    def _lock(self, vtpm_id: VtpmId) -> asyncio.Lock:
+        return self._locks.setdefault(vtpm_id, asyncio.Lock())
+
+    async def _key(self, record: VtpmRecord) -> bytes:
+        if record.wrapped_key is None:
+            raise StateError(f"vTPM {record.name} has no key")
+        return (await asyncio.to_thread(self._keeper.unwrap_key, record.id, record.wrapped_key)).key
+
+    async def _store(self, operation: Callable[[Store], T]) -> T:
+        return await asyncio.wrap_future(self._committer.run(operation))
+
+    async def _call(self, op: str, args: object, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Any, tuple[int, ...]]:
+        if self.launcher is None:
+            raise UnavailableError(
+                "the launcher is not running", next_step="Start vtpm-managerd again, or vtpm-launcher"
+            )
+        return await self.launcher.call(op, args, timeout_s=timeout_s)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("background work failed: %s", error, exc_info=None if isinstance(error, VtpmError) else error)
+
+
+def _list_events(after_id: int, limit: int, store: Store) -> Sequence[Event]:
+    return store.list_events(after_id, limit)
+
+
+def _has_emulator(running: Running) -> bool:
+    client = running.link.facts.client
+    return client is not None and client.client is ClientKind.EMULATOR
+
+
+def _one_socket(fds: Sequence[int]) -> socket.socket:
+    if len(fds) != 1:
+        close_fds(fds)
+        raise UnavailableError(f"the launcher gave {len(fds)} descriptors for an instance, not one")
+    return socket.socket(fileno=fds[0])
+
+
+def _event(actor_uid: int | None, kind: str, record: VtpmRecord, **detail: object) -> Event:
+    return Event(
+        datetime.now(UTC), actor_uid, kind, record.name, record.id, json.dumps({k: str(v) for k, v in detail.items()})
+    )

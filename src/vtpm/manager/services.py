@@ -1,0 +1,161 @@
+"""Starts the services that are not there and gives each its directories. The manager's alone.
+
+Under systemd keeper and launcher are units of their own, and nothing is started here.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtpm.errors import UnavailableError
+from vtpm.manager.config import INSTANCE_UID_OFFSET, KEEPER_UID_OFFSET, MANAGER_UID_OFFSET, Config
+from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs
+from vtpm.wire.packet_socket import PacketClient
+
+START_TIMEOUT_S = 30.0
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Directories and user ids of the services on this host."""
+
+    vault_dir: Path
+    keeper_dir: Path
+    log_dir: Path
+    manager_uid: int
+    manager_gid: int
+    keeper_uid: int
+
+
+def lay_out(config: Config) -> Layout:
+    """Make the directories and settle the user ids. Raises UnavailableError: a directory cannot be made."""
+    root = os.geteuid() == 0
+    manager_uid = config.uid_base + MANAGER_UID_OFFSET if root else os.geteuid()
+    keeper_uid = config.uid_base + KEEPER_UID_OFFSET if root else os.geteuid()
+    layout = Layout(
+        vault_dir=config.state_dir / "vault",
+        keeper_dir=config.state_dir / "keeper",
+        log_dir=config.state_dir / "log",
+        manager_uid=manager_uid,
+        manager_gid=manager_uid if root else os.getegid(),
+        keeper_uid=keeper_uid,
+    )
+    plan = (
+        (config.run_dir, 0o755, None),
+        (config.state_dir, 0o755, None),
+        (layout.log_dir, 0o700, None),
+        (layout.vault_dir, 0o700, manager_uid),
+        (layout.keeper_dir, 0o700, keeper_uid),
+    )
+    for path, mode, owner in plan:
+        try:
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+            if path.stat().st_uid == os.geteuid():
+                path.chmod(mode)
+            if owner is not None and root:
+                os.chown(path, owner, owner)
+        except OSError as error:
+            raise UnavailableError(f"the directory {path} cannot be made or changed: {error.strerror}") from error
+    return layout
+
+
+def start_services(config: Config, layout: Layout) -> None:
+    """Start launcher and keeper where they do not answer. They outlive this process.
+
+    Raises:
+        VtpmError: one did not come up; the message has the last line of its log.
+    """
+    launcher = PacketClient(LAUNCHER, config.run_dir / LAUNCHER_SOCKET)
+    keeper = KeeperClient(config.run_dir, timeout_s=START_TIMEOUT_S)
+    run_dir = str(config.run_dir)
+    try:
+        _ensure(
+            "vtpm-launcher",
+            lambda: launcher.call("status", NoArgs(), timeout_s=START_TIMEOUT_S),
+            [
+                "vtpm.launcher.main",
+                *("--run-dir", run_dir),
+                *("--manager-uid", str(layout.manager_uid)),
+                *("--uid-base", str(config.uid_base + INSTANCE_UID_OFFSET)),
+            ],
+            layout.log_dir,
+        )
+        _ensure(
+            "vtpm-keeper",
+            keeper.status,
+            [
+                "vtpm.keeper.main",
+                *("--run-dir", run_dir),
+                *("--state-dir", str(layout.keeper_dir)),
+                *("--platform-tpm", config.platform_tpm),
+                *("--pcrs", config.pcrs),
+                *("--manager-uid", str(layout.manager_uid)),
+                *("--uid", str(layout.keeper_uid)),
+                *("--gid", str(layout.keeper_uid)),
+            ],
+            layout.log_dir,
+        )
+    finally:
+        launcher.close()
+        keeper.close()
+
+
+def _ensure(name: str, answers: object, command: Sequence[str], log_dir: Path) -> None:
+    assert callable(answers)
+    try:
+        answers()
+    except UnavailableError:
+        pass
+    else:
+        return
+    log = log_dir / f"{name}.log"
+    with log.open("ab") as log_file:
+        begin = log_file.tell()
+        # The child gets its whole command line here; nothing of it is secret.
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-m", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,
+            close_fds=True,
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+            cwd="/",
+        )
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        ended = select.poll()
+        ended.register(pidfd, select.POLLIN)
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            try:
+                answers()
+            except UnavailableError:
+                # Its socket appears without an event that a process of another user could wait for.
+                if ended.poll(_POLL_S * 1000):
+                    break
+            else:
+                # It is not waited for: it outlives this process, and init takes it over.
+                child.returncode = 0
+                return
+    finally:
+        os.close(pidfd)
+    child.kill()
+    child.wait()
+    raise UnavailableError(f"{name} did not start: {_last_line(log, begin)}", next_step=f"See {log}")
+
+
+def _last_line(log: Path, begin: int) -> str:
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read(65536).decode(errors="replace").splitlines()
+    return lines[-1][:500] if lines else "it said nothing"
