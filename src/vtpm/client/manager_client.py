@@ -1,0 +1,281 @@
+"""The manager's API as methods: wire/api.py's requests out, its dataclasses or vtpm's own errors back.
+
+For the command line and for other programs that look after vTPMs; knows HTTP, JSON and the socket, and nothing else of
+the manager. Not safe to share between threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import ssl
+import types
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+from uuid import UUID
+
+import httpx
+
+from vtpm import errors
+from vtpm.client.decode import decode
+from vtpm.errors import AccessDeniedError, ProtocolError, UnavailableError, UsageError, VtpmError
+from vtpm.tpm.types import Startup, TpmVersion
+from vtpm.wire.api import (
+    MANAGER_SOCKET,
+    ApiError,
+    AuditEvent,
+    CreateVtpm,
+    DomainName,
+    ShutDown,
+    StartVtpm,
+    Status,
+    StopVtpm,
+    Vtpm,
+)
+from vtpm.wire.paths import default_run_dir
+
+SOCKET_VARIABLE = "VTPM_SOCKET"
+DEFAULT_TIMEOUT_S = 60.0
+SHUTDOWN_TIMEOUT_S = 600.0
+MAX_REPLY_BYTES = 16 * 1024 * 1024
+MAX_EVENT_WAIT_S = 30
+EVENTS_PER_PAGE = 100
+
+Vtpms: TypeAlias = list[Vtpm]
+AuditEvents: TypeAlias = list[AuditEvent]
+# Aliases, for in the class below `list` is a method.
+
+_START_IT = "Start it: vtpm-managerd, or systemctl start vtpm-managerd"
+_ERRORS: Mapping[str, type[VtpmError]] = {
+    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VtpmError)
+}
+
+
+def default_socket(uid: int, environ: Mapping[str, str]) -> Path:
+    """Return the manager's socket: $VTPM_SOCKET, or the one in the default run directory.
+
+    Raises:
+        UsageError: neither is known.
+    """
+    named = environ.get(SOCKET_VARIABLE)
+    return Path(named) if named else default_run_dir(uid, environ) / MANAGER_SOCKET
+
+
+class ManagerClient:
+    """One connection to a manager; a context manager that closes it.
+
+    Every method raises the error that the manager reports, by its code, and besides:
+        UnavailableError: nobody answers at the socket, or not in time; the same call may go through later.
+        AccessDeniedError: the caller may not open the socket.
+        ProtocolError: the answer is not what wire/api.py says.
+
+    Args:
+        socket_path: the manager's socket; default_socket() when None.
+        timeout_s: longest wait for an answer, in seconds.
+    """
+
+    def __init__(self, socket_path: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self.socket_path = socket_path or default_socket(os.geteuid(), os.environ)
+        self.timeout_s = timeout_s
+        # An empty TLS context, for the default one reads all certificates of the system and none is needed here.
+        transport = httpx.HTTPTransport(uds=str(self.socket_path), verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self._http = httpx.Client(
+            transport=transport,
+            base_url="http://vtpm",
+            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+            # A proxy or .netrc of the environment has no say in who the manager is.
+            trust_env=False,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calling it twice is harmless."""
+        self._http.close()
+
+    def status(self) -> Status:
+        """Return the host's services, platform TPM and warnings."""
+        return decode(Status, self._request("GET", "/v1/status"), "the status")
+
+    def list(self) -> Vtpms:
+        """Return the vTPMs that the caller may see."""
+        return decode(list[Vtpm], self._request("GET", "/v1/vtpms"), "the list of vTPMs")
+
+    def create(
+        self,
+        name: str,
+        tpm_version: TpmVersion = TpmVersion.V2_0,
+        domain: DomainName = DomainName.PROCESS,
+        vm_uuid: UUID | None = None,
+    ) -> Vtpm:
+        """Make a vTPM; it is stopped and has no state until it is first started.
+
+        Raises:
+            UsageError: a name or a combination that cannot be.
+            ConflictError: the name is taken.
+        """
+        _path_of(name)
+        body = CreateVtpm(name, tpm_version, domain, vm_uuid)
+        return self._vtpm(self._request("POST", "/v1/vtpms", body))
+
+    def show(self, name: str) -> Vtpm:
+        """Return one vTPM.
+
+        Raises:
+            NotFoundError: there is none of that name that the caller may see.
+        """
+        return self._vtpm(self._request("GET", _path_of(name)))
+
+    def start(self, name: str, startup: Startup = Startup.NONE) -> Vtpm:
+        """Start a vTPM and power it on; returns once it answers.
+
+        Raises:
+            ConflictError: it is not stopped.
+        """
+        return self._vtpm(self._request("POST", f"{_path_of(name)}/start", StartVtpm(startup)))
+
+    def stop(self, name: str, *, force: bool = False) -> Vtpm:
+        """Stop a vTPM in order; returns once its state is kept.
+
+        Args:
+            force: also when a virtual machine uses it, which then has no TPM any more.
+        Raises:
+            ConflictError: it is not running, or in use by a virtual machine.
+        """
+        return self._vtpm(self._request("POST", f"{_path_of(name)}/stop", StopVtpm(force)))
+
+    def delete(self, name: str) -> None:
+        """Delete a vTPM for ever, its key with it.
+
+        Raises:
+            ConflictError: it is not stopped.
+        """
+        self._request("DELETE", _path_of(name))
+
+    def events(self, after: int = 0, limit: int = EVENTS_PER_PAGE, wait_s: int = 0) -> AuditEvents:
+        """Return up to `limit` audit events with ids above `after`, oldest first.
+
+        Args:
+            wait_s: how long the manager may wait for the first one, 0 to MAX_EVENT_WAIT_S seconds.
+        """
+        query = {"after": after, "limit": limit, "wait_s": wait_s}
+        answer = self._request("GET", f"/v1/events?{urllib.parse.urlencode(query)}", read_s=self.timeout_s + wait_s)
+        return decode(list[AuditEvent], answer, "the events")
+
+    def all_events(self, after: int = 0) -> Iterator[AuditEvent]:
+        """Yield the audit events that are there now, page by page, oldest first."""
+        while page := self.events(after):
+            after = _last_id(page, after)
+            yield from page
+
+    def follow_events(self, after: int = 0) -> Iterator[AuditEvent]:
+        """Yield audit events with ids above `after`, oldest first, then wait for more; never ends by itself."""
+        while True:
+            page = self.events(after, wait_s=MAX_EVENT_WAIT_S)
+            if page:
+                after = _last_id(page, after)
+                yield from page
+
+    def shutdown(self) -> ShutDown:
+        """Stop every vTPM in order, then all host services; returns what was stopped."""
+        answer = self._request("POST", "/v1/shutdown", read_s=max(self.timeout_s, SHUTDOWN_TIMEOUT_S))
+        return decode(ShutDown, answer, "what the shutdown stopped")
+
+    def _vtpm(self, answer: Any) -> Vtpm:
+        return decode(Vtpm, answer, "the vTPM")
+
+    def _request(
+        self, method: str, path: str, body: CreateVtpm | StartVtpm | StopVtpm | None = None, read_s: float | None = None
+    ) -> Any:
+        content = None if body is None else json.dumps(dataclasses.asdict(body), default=str).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        read_s = read_s or self.timeout_s
+        timeout = httpx.Timeout(self.timeout_s, read=read_s)
+        self._check_reachable()
+        try:
+            with self._http.stream(method, path, content=content, headers=headers, timeout=timeout) as response:
+                answer = self._read(response)
+        except httpx.TimeoutException as error:
+            raise UnavailableError(
+                f"the manager at {self.socket_path} did not answer in {read_s:.0f} s",
+                next_step="What was asked may still happen: look with vtpm list, and in the log of vtpm-managerd",
+            ) from error
+        except httpx.TransportError as error:
+            raise UnavailableError(
+                f"the manager at {self.socket_path} broke off its answer: {error}",
+                next_step=f"What was asked may have happened: look with vtpm list. {_START_IT}, if it has ended",
+            ) from error
+        if response.is_success:
+            return answer
+        raise self._reported(answer, response.status_code)
+
+    def _read(self, response: httpx.Response) -> Any:
+        body = bytearray()
+        # Raw, so that no content encoding can make much of little.
+        for chunk in response.iter_raw():
+            body += chunk
+            if len(body) > MAX_REPLY_BYTES:
+                raise ProtocolError(f"the manager at {self.socket_path} answers with over {MAX_REPLY_BYTES} bytes")
+        if not body and response.is_success:
+            return None
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise self._foreign(f"answered HTTP {response.status_code} with what is not JSON") from None
+
+    def _reported(self, answer: Any, http_status: int) -> VtpmError:
+        try:
+            error = decode(ApiError, answer, "the error")
+        except ProtocolError:
+            return self._foreign(f"answered HTTP {http_status} without saying what is wrong")
+        return _ERRORS.get(error.code, VtpmError)(error.message, next_step=error.next_step)
+
+    def _foreign(self, what: str) -> ProtocolError:
+        return ProtocolError(
+            f"the manager at {self.socket_path} {what}",
+            next_step="See that vtpm-managerd, of this version, and nothing else serves that socket",
+        )
+
+    def _check_reachable(self) -> None:
+        # httpcore hides why a connect failed, and leaves that socket open until it is collected.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(self.timeout_s)
+            try:
+                probe.connect(os.fspath(self.socket_path))
+            except PermissionError as error:
+                raise AccessDeniedError(
+                    f"uid {os.geteuid()} may not use the manager at {self.socket_path}",
+                    next_step="Ask as root or as a user whom the socket's group lets in",
+                ) from error
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise UnavailableError(
+                    f"no manager answers at {self.socket_path}: {reason}", next_step=_START_IT
+                ) from error
+
+
+def _last_id(page: list[AuditEvent], after: int) -> int:
+    last = page[-1].id
+    if last <= after:
+        raise ProtocolError(f"the events after {after} end with {last}")
+    return last
+
+
+def _path_of(name: str) -> str:
+    if not name:
+        raise UsageError("the name of a vTPM is empty")
+    try:
+        # The dots too: a URL ending in ".." would be shortened on its way.
+        return "/v1/vtpms/" + urllib.parse.quote(name, safe="").replace(".", "%2E")
+    except UnicodeEncodeError:
+        raise UsageError(f"the name {name!r} is not UTF-8") from None

@@ -1,0 +1,255 @@
+"""A manager's API on a real unix socket, answering from lists in memory; for tests of the client and the CLI."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import socketserver
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from vtpm.errors import ConflictError, NotFoundError, VtpmError
+from vtpm.tpm.types import TpmVersion
+from vtpm.wire.api import (
+    HTTP_STATUS,
+    ApiError,
+    AuditEvent,
+    Client,
+    DomainName,
+    LifeState,
+    Owner,
+    PlatformStatus,
+    ProtectionStatus,
+    ServiceStatus,
+    ShutDown,
+    Status,
+    Vtpm,
+)
+
+UUID_1 = UUID("6ad77c2a-96b5-4b26-8c8d-2f9ba4e8a4fe")
+VM_UUID = UUID("0d5a6f5e-3a52-4a2c-9c0d-55f0a6a4b1aa")
+STOPPED = Vtpm(
+    name="web1",
+    uuid=UUID_1,
+    owner=Owner(0, 0),
+    vm_uuid=VM_UUID,
+    tpm_version=TpmVersion.V2_0,
+    domain=DomainName.PROCESS,
+    state=LifeState.STOPPED,
+    epoch=1,
+    version=7,
+    measurement="",
+    control_socket="",
+    tcti="",
+    created_at="2026-07-01T10:00:00Z",
+)
+RUNNING = replace(
+    STOPPED,
+    state=LifeState.RUNNING,
+    measurement="ab" * 32,
+    control_socket="/run/vtpm/guests/web1/sock.ctrl",
+    tcti="swtpm:path=/run/vtpm/guests/web1/sock",
+    pid=4711,
+)
+IN_USE = replace(RUNNING, client=Client("emulator", 1234, 0))
+STATUS = Status(
+    version="0.1.0",
+    api_version=1,
+    state_dir="/var/lib/vtpm",
+    run_dir="/run/vtpm",
+    vtpms=2,
+    running=1,
+    platform=PlatformStatus("embedded", "embedded", "IBM", "sha256:0,7", "unprotected", True),
+    services=[ServiceStatus("vtpm-keeper", True, 12, ""), ServiceStatus("vtpm-launcher", False, None, "ended")],
+    confinement=[ProtectionStatus("seccomp", "in_force", "")],
+    warnings=["the store is nearly full"],
+)
+
+
+def event(number: int) -> AuditEvent:
+    """Return an audit event with that id."""
+    return AuditEvent(number, "2026-07-01T10:00:00Z", 0, "vtpm.started", "web1", {"pid": number, "by": "cli"})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request as it came; `path` as written on the wire."""
+
+    method: str
+    path: str
+    body: Any
+
+
+@dataclass
+class CannedManager:
+    """What the server answers from, and what it was asked.
+
+    Args:
+        answer: an answer to everything, as HTTP status, body and announced length; None for the usual ones.
+    """
+
+    socket_path: Path
+    vtpms: dict[str, Vtpm] = field(default_factory=dict)
+    status: Status = STATUS
+    events: list[AuditEvent] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    answer: tuple[int, bytes, int] | None = None
+    control_socket: str = RUNNING.control_socket
+    release: threading.Event = field(default_factory=threading.Event)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def answer_with(self, http_status: int, value: object, length: int | None = None) -> None:
+        """Answer everything with this: bytes as they are, else as JSON."""
+        body = value if isinstance(value, bytes) else to_json(value)
+        self.answer = (http_status, body, len(body) if length is None else length)
+
+    def fail_with(self, code: str, message: str = "web1 is broken", next_step: str = "Mend it") -> None:
+        """Answer everything with an error."""
+        self.answer_with(HTTP_STATUS.get(code, 500), ApiError(code, message, next_step))
+
+    def add_event(self, new: AuditEvent) -> None:
+        """Add an audit event and answer who waits for it."""
+        with self.changed:
+            self.events.append(new)
+            self.changed.notify_all()
+
+    def methods(self) -> list[str]:
+        """Return what was asked, as words like "POST /v1/vtpms/web1/start"."""
+        return [f"{one.method} {one.path}" for one in self.asked]
+
+    def handle(self, method: str, path: str, body: Any) -> tuple[int, object]:
+        """Return the usual answer to a request as HTTP status and value, None for none."""
+        parts = urllib.parse.urlsplit(path)
+        words = [urllib.parse.unquote(word) for word in parts.path.split("/")][2:]
+        match [method, *words]:
+            case ["GET", "status"]:
+                return 200, self.status
+            case ["GET", "vtpms"]:
+                return 200, list(self.vtpms.values())
+            case ["POST", "vtpms"]:
+                if body["name"] in self.vtpms:
+                    raise ConflictError(f"{body['name']} exists already", next_step="Take another name")
+                vm_uuid = body["vm_uuid"] and UUID(body["vm_uuid"])
+                new = replace(
+                    STOPPED,
+                    name=body["name"],
+                    vm_uuid=vm_uuid,
+                    tpm_version=TpmVersion(body["tpm_version"]),
+                    domain=DomainName(body["domain"]),
+                )
+                self.vtpms[new.name] = new
+                return 201, new
+            case ["POST", "shutdown"]:
+                return 200, ShutDown([v.name for v in self.vtpms.values() if v.state is LifeState.RUNNING])
+            case ["GET", "events"]:
+                query = {key: int(value) for key, value in urllib.parse.parse_qsl(parts.query)}
+                return 200, self._events(**query)
+            case ["GET", "vtpms", name]:
+                return 200, self._find(name)
+            case ["DELETE", "vtpms", name]:
+                del self.vtpms[self._find(name).name]
+                return 204, None
+            case ["POST", "vtpms", name, "start"]:
+                return 200, self._put(
+                    replace(
+                        self._find(name),
+                        state=LifeState.RUNNING,
+                        control_socket=self.control_socket,
+                        tcti=RUNNING.tcti,
+                        measurement=RUNNING.measurement,
+                    )
+                )
+            case ["POST", "vtpms", name, "stop"]:
+                return 200, self._put(replace(self._find(name), state=LifeState.STOPPED, control_socket=""))
+        raise AssertionError(f"no such request: {method} {path}")
+
+    def _events(self, after: int, limit: int, wait_s: int) -> list[AuditEvent]:
+        with self.changed:
+            self.changed.wait_for(lambda: any(one.id > after for one in self.events), wait_s)
+            return [one for one in self.events if one.id > after][:limit]
+
+    def _find(self, name: str) -> Vtpm:
+        try:
+            return self.vtpms[name]
+        except KeyError:
+            raise NotFoundError(f"there is no vTPM {name}", next_step="See vtpm list") from None
+
+    def _put(self, vtpm: Vtpm) -> Vtpm:
+        self.vtpms[vtpm.name] = vtpm
+        return vtpm
+
+
+def to_json(value: object) -> bytes:
+    """Return wire/api.py's objects as the manager writes them."""
+    return json.dumps(value, default=lambda one: dataclasses.asdict(one) if _is_object(one) else str(one)).encode()
+
+
+@contextmanager
+def serve(manager: CannedManager) -> Iterator[None]:
+    """Serve the manager's API at its socket; ended before it returns."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 20
+
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            body = json.loads(self.rfile.read(length)) if length else None
+            manager.asked.append(Asked(self.command, self.path, body))
+            if manager.answer is None:
+                status, content, announced = self._usual(body)
+            else:
+                status, content, announced = manager.answer
+            if status == 0:
+                # As if the manager hung: until the test is over.
+                manager.release.wait(self.timeout)
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", str(announced))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_DELETE = do_GET
+
+        def _usual(self, body: Any) -> tuple[int, bytes, int]:
+            try:
+                status, value = manager.handle(self.command, self.path, body)
+            except VtpmError as error:
+                status = HTTP_STATUS.get(error.code, 500)
+                value = ApiError(error.code, error.message, error.next_step)
+            content = b"" if value is None else to_json(value)
+            return status, content, len(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+        request_queue_size = 16
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            # A client that goes in the middle, as one that follows events does.
+            pass
+
+    with Server(str(manager.socket_path), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield
+        finally:
+            manager.release.set()
+            with manager.changed:
+                # Ends every wait for events.
+                manager.events.append(event(1_000_000))
+                manager.changed.notify_all()
+            server.shutdown()
+            thread.join(10)
+
+
+def _is_object(value: object) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
