@@ -1,0 +1,119 @@
+"""Opens the stores on a disk that a power loss left, and holds them against the marks. Needs no privilege.
+
+e2fsck replays the file system's journal and debugfs takes the files out; the stores that open them are the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from uuid import UUID
+
+from tests.fault.powerloss.content import VTPM_NAMES, version_of, vtpm_id
+from vtpm.embedded_tpm.store import EmbeddedStore
+from vtpm.errors import NotFoundError, VtpmError
+from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.tpm.types import InstanceId, VtpmId
+from vtpm.vault.records import PermitState
+from vtpm.vault.sqlite_store import SqliteStore
+
+LIMIT_S = 60.0
+_NO_DATABASE = "vtpm.db"
+
+
+class LostError(Exception):
+    """An answered write is not there, or a store does not open."""
+
+
+def make_file_system(path: Path, size_bytes: int) -> None:
+    """Make an empty ext4 as small as one with a journal can be."""
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+    options = ("-q", "-F", "-b", "1024", "-m", "0", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0")
+    subprocess.run(["/sbin/mkfs.ext4", *options, path], check=True, timeout=LIMIT_S, capture_output=True)
+
+
+def check(disk: bytes, marks: Mapping[str, str], work: Path) -> None:
+    """Recover the disk and check every mark.
+
+    Args:
+        work: an empty folder, filled here.
+    Raises:
+        LostError: says what is lost.
+    """
+    image, out = work / "disk", work / "out"
+    image.write_bytes(disk)
+    out.mkdir()
+    recovered = subprocess.run(
+        ["/sbin/e2fsck", "-E", "journal_only", "-y", image],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    if recovered.returncode > 1:
+        raise LostError(f"the file system does not recover: {recovered.stdout} {recovered.stderr}")
+    dump = subprocess.run(
+        ["/sbin/debugfs", "-R", f"rdump / {out}", image], capture_output=True, timeout=LIMIT_S, check=True
+    )
+    if b"while reading" in dump.stderr:
+        raise LostError(f"the file system cannot be read: {dump.stderr!r}")
+    try:
+        _check_vault(out, marks)
+        _check_embedded(out, marks)
+        _check_roots(out, marks)
+    except (VtpmError, ValueError) as error:
+        raise LostError(str(error)) from error
+
+
+def _check_vault(out: Path, marks: Mapping[str, str]) -> None:
+    if "vault" in marks and not (out / "vault" / _NO_DATABASE).exists():
+        raise LostError("the vault that was made is not there")
+    if not (out / "vault").exists():
+        return
+    with contextlib.closing(SqliteStore(out / "vault")) as store:
+        for name in VTPM_NAMES:
+            own = VtpmId(vtpm_id(name))
+            try:
+                record = store.get_vtpm(own)
+            except NotFoundError:
+                if f"record.{name}" in marks:
+                    raise
+                continue
+            if f"bound.{name}" in marks and record.instance_id != InstanceId(UUID(int=own.int ^ 1)):
+                raise LostError(f"the binding of {name} is lost")
+            if f"permit.{name}" in marks and record.permit.state is PermitState.OPEN:
+                raise LostError(f"the permit of {name} is lost")
+            found = max((version_of(name, state.envelope) for state in store.read_state(own)), default=0)
+            if found < int(marks.get(f"state.{name}", 0)):
+                raise LostError(f"{name} is at version {found}, answered was {marks[f'state.{name}']}")
+
+
+def _check_embedded(out: Path, marks: Mapping[str, str]) -> None:
+    if not (out / "embedded").exists():
+        if "embedded" in marks:
+            raise LostError("the embedded TPM's store is lost")
+        return
+    store = EmbeddedStore(out / "embedded")
+    data = store.load()
+    found = 0 if data is None else version_of("embedded", data)
+    if found < int(marks.get("embedded", 0)):
+        raise LostError(f"the embedded TPM is at version {found}, answered was {marks['embedded']}")
+    if "initialised" in marks and not store.is_initialised:
+        raise LostError("the embedded TPM's marker is lost")
+
+
+def _check_roots(out: Path, marks: Mapping[str, str]) -> None:
+    for folder in out.glob("root-*"):
+        file = folder / "root.sealed"
+        if not file.exists():
+            continue
+        key = SealedBlob.from_bytes(file.read_bytes()).private
+        if folder.name in marks and hashlib.sha256(key).hexdigest() != marks[folder.name]:
+            raise LostError(f"{folder.name} holds another key")
+    for name in marks:
+        if name.startswith("root-") and not (out / name / "root.sealed").exists():
+            raise LostError(f"{name} has no root file")

@@ -1,0 +1,175 @@
+"""Power loss: at every flush boundary of a run of writes the stores open and hold every write that was answered.
+
+The writes run in a guest on dm-log-writes; the disks that a power loss could have left are made and checked here.
+Each mutant lacks one kind of flush, and is caught. ext4 makes up for two flushes with later ones; that these are
+there is checked by their calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fault.powerloss import checker, content, log
+from tests.support.guest import Guest, GuestConfig, ImageSpec, build_image
+from tests.unit.vault.world import new_record
+from vtpm.embedded_tpm import store as embedded_store
+from vtpm.vault import sqlite_file
+from vtpm.vault.sqlite_store import SqliteStore
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+# What a mutant loses first.
+MUTANTS = {
+    "vault-OFF": "no vTPM",
+    "vault-NORMAL": "no vTPM",
+    "vault-directories": "the vault that was made is not there",
+    "embedded-files": "embedded TPM's state .* is damaged",
+    "embedded-directories": "embedded TPM is at version",
+    "root-files": "sealed key is damaged",
+    "root-directories": "root-1 has no root file",
+}
+SEED = 20261124
+_VARIANTS = ("none", *MUTANTS)
+_PACKAGES = ("errors.py", "secret.py", "__init__.py")
+_TREES = ("vault", "tpm", "embedded_tpm", "keeper")
+_SPEC = ImageSpec(
+    name="powerloss",
+    modules=("virtio_pci", "virtio_blk", "dm-log-writes", "ext4"),
+    packages=("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"),
+    trees={f"/opt/vtpm/{name}": CHECKOUT / "src" / "vtpm" / name for name in _TREES}
+    | {"/opt/tests/fault/powerloss": CHECKOUT / "tests" / "fault" / "powerloss"},
+    files={f"/opt/vtpm/{name}": (CHECKOUT / "src" / "vtpm" / name).read_bytes() for name in _PACKAGES}
+    | {
+        f"/opt/vtpm/platform_tpm/{name}": (CHECKOUT / "src" / "vtpm" / "platform_tpm" / name).read_bytes()
+        for name in ("__init__.py", "pcrs.py", "sealed_blob.py")
+    },
+)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """File system before the first write, and the drive with every variant's log."""
+
+    base: bytes
+    logs: Path
+
+    def states(self, variant: str, subsets: int) -> Iterator[log.State]:
+        with self.logs.open("rb") as file:
+            entries = log.read_log(file, _VARIANTS.index(variant) * content.LOG_BYTES)
+        yield from log.states(self.base, entries, random.Random(SEED), subsets)
+
+
+def record(folder: Path, rounds: int, timeout_s: float, variants: tuple[str, ...] = _VARIANTS) -> Recording:
+    """Let the guest write all variants."""
+    base, data, logs = folder / "base.img", folder / "data.img", folder / "log.img"
+    checker.make_file_system(base, content.IMAGE_BYTES)
+    with data.open("wb") as file:
+        for _ in variants:
+            file.write(base.read_bytes())
+    with logs.open("wb") as file:
+        file.truncate(len(variants) * content.LOG_BYTES)
+    config = GuestConfig(build_image(_SPEC), drives=(data, logs), memory_mib=384)
+    with Guest(config, folder / "vm") as guest:
+        command = f"cd /opt && PYTHONPATH=/opt python3.11 -B -m tests.fault.powerloss.writer {rounds}"
+        guest.check(f"{command} {' '.join(variants)}", timeout_s)
+        guest.power_off()
+    return Recording(base.read_bytes(), logs)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    return record(tmp_path_factory.mktemp("power"), rounds=13, timeout_s=100)
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    # The check flushes too, and those flushes prove nothing: memory serves where there is some.
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="vtpm-power-") as folder:
+        yield Path(folder)
+
+
+def replay(states: Iterator[log.State], work: Path) -> tuple[int, int, int]:
+    """Check every state; returns boundaries, states and answered writes. Raises LostError at the first loss."""
+    boundaries = checked = answered = 0
+    seen: set[tuple[str, str]] = set()
+    for state in states:
+        folder = work / str(checked)
+        folder.mkdir()
+        checker.check(state.disk, state.marks, folder)
+        shutil.rmtree(folder)
+        checked += 1
+        boundaries = max(boundaries, state.boundary)
+        seen |= set(state.marks.items())
+        answered = len(seen)
+    return boundaries, checked, answered
+
+
+def test_every_answered_write_is_there_when_power_fails_at_any_flush(recording: Recording, work: Path) -> None:
+    boundaries, states, answered = replay(recording.states("none", subsets=1), work)
+    print(f"seed {SEED}: {boundaries} flush boundaries, {states} states, {answered} answered writes")
+    assert answered >= 40
+    assert boundaries >= 40
+    assert states > boundaries
+
+
+@pytest.mark.parametrize("variant", MUTANTS)
+def test_loss_is_seen_when_a_flush_is_taken_away(recording: Recording, variant: str, work: Path) -> None:
+    with pytest.raises(checker.LostError, match=MUTANTS[variant]):
+        replay(recording.states(variant, subsets=0), work)
+
+
+class FlushesSeen:
+    """The module os, for one module, which writes down what is flushed."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+        self.paths.append(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+def test_log_and_its_folder_are_flushed_when_a_store_opens_with_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    with contextlib.closing(SqliteStore(tmp_path / "vault")) as store:
+        store.create_vtpm(new_record())
+        shutil.copytree(tmp_path / "vault", killed)
+    killed.chmod(0o700)
+    seen = FlushesSeen()
+    monkeypatch.setattr(sqlite_file, "os", seen)
+    SqliteStore(killed).close()
+    assert seen.paths == [killed / "vtpm.db-wal", killed]
+
+
+def test_parent_is_flushed_when_the_embedded_store_makes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = FlushesSeen()
+    monkeypatch.setattr(embedded_store, "os", seen)
+    embedded_store.EmbeddedStore(tmp_path / "embedded")
+    assert seen.paths == [tmp_path]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_every_answered_write_is_there_when_power_fails_in_a_long_run(tmp_path: Path, work: Path) -> None:
+    recording = record(tmp_path, rounds=120, timeout_s=600, variants=("none",))
+    boundaries, states, answered = replay(recording.states("none", subsets=8), work)
+    print(f"seed {SEED}: {boundaries} flush boundaries, {states} states, {answered} answered writes")
+    assert answered >= 350
+    assert states > boundaries

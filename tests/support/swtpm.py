@@ -1,0 +1,97 @@
+"""Debian's swtpm as the host's hardware TPM, for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+START_TIMEOUT_S = 10.0
+
+
+class SwtpmPlatform:
+    """One swtpm process with its state; the same directory is the same TPM, another directory another.
+
+    Args:
+        directory: short path of an existing folder of its own: sockets, state and log go there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.socket_path = directory / "tpm"
+        self.log_path = directory / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def tcti(self) -> str:
+        """Configuration for tpm2-tss."""
+        return f"swtpm:path={self.socket_path}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Power it on; returns when it takes connections."""
+        assert self._process is None
+        state = self._directory / "state"
+        state.mkdir(exist_ok=True)
+        control = Path(f"{self.socket_path}.ctrl")
+        for path in (self.socket_path, control):
+            path.unlink(missing_ok=True)
+        # swtpm takes the listening sockets as they are, so there is no moment to wait for.
+        listeners = []
+        for path in (self.socket_path, control):
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(os.fspath(path))
+            listener.listen(8)
+            listeners.append(listener)
+        data_fd, control_fd = (listener.fileno() for listener in listeners)
+        self._process = subprocess.Popen(
+            [
+                "swtpm",
+                "socket",
+                "--tpm2",
+                *("--server", f"type=unixio,fd={data_fd}"),
+                *("--ctrl", f"type=unixio,fd={control_fd}"),
+                *("--tpmstate", f"dir={state}"),
+                *("--flags", "not-need-init,startup-clear"),
+                *("--log", f"file={self.log_path},level=20"),
+            ],
+            pass_fds=(data_fd, control_fd),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for listener in listeners:
+            listener.close()
+        return self
+
+    def stop(self) -> None:
+        """Cut its power (SIGKILL), if it is on."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(START_TIMEOUT_S)
+            self._process = None
+
+    def extend(self, index: int, text: str = "something else booted") -> None:
+        """Extend a PCR of the SHA-256 bank with the digest of a text."""
+        subprocess.run(
+            ["tpm2_pcrevent", "-T", self.tcti, str(index)],
+            input=text.encode(),
+            check=True,
+            timeout=START_TIMEOUT_S,
+            capture_output=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
