@@ -1,0 +1,53 @@
+"""`python -m bench [roundtrip|floor|nvwrite|footprint] [--command NAME]`; everything when no figure is named."""
+
+from __future__ import annotations
+
+import argparse
+
+from tests.support.host import Host
+
+from bench import measure, report
+from bench.commands import READS
+from bench.peers import ours, swtpm
+
+FIGURES = ("roundtrip", "floor", "nvwrite", "footprint")
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Figures side by side with Debian's swtpm.")
+    parser.add_argument("figure", nargs="?", choices=FIGURES, help="one figure alone")
+    parser.add_argument("--command", choices=sorted(READS), help="one command alone (roundtrip, floor)")
+    options = parser.parse_args()
+    wanted = (options.figure,) if options.figure else FIGURES
+    names = [options.command] if options.command else list(READS)
+    facts = report.versions()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if "floor" in wanted:
+        floors = measure.floors(names)
+        report.print_floors(floors)
+        report.save("floor", floors, facts)
+    if set(wanted) != {"floor"}:
+        with Host() as host:
+            _side_by_side(host, wanted, names, facts)
+
+
+def _side_by_side(host: Host, wanted: tuple[str, ...], names: list[str], facts: dict[str, str]) -> None:
+    if "roundtrip" in wanted or "nvwrite" in wanted:
+        with ours(host, "bench") as a, swtpm() as b:
+            if "roundtrip" in wanted:
+                rows = [measure.roundtrip(name, a, b) for name in names]
+                report.print_comparisons(rows)
+                report.save("roundtrip", rows, facts)
+            if "nvwrite" in wanted:
+                row = measure.nvwrite(a, b)
+                report.print_comparisons([row])
+                report.save("nvwrite", [row], facts)
+    if "footprint" in wanted:
+        figures = measure.footprint(host)
+        report.print_footprint(figures)
+        report.save("footprint", [figures], facts)
+
+
+if __name__ == "__main__":
+    main()
