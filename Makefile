@@ -27,7 +27,7 @@ PLACE := $(if $(HIDDEN),/opt/vtpm/$(shell pwd | sha256sum | cut -c1-12),$(CURDIR
 
 install: .install-stamp
 
-.install-stamp: requirements.lock pyproject.toml setup.py src/vtpm/engine/_build.py Makefile $(if $(HIDDEN),always)
+.install-stamp: requirements.lock pyproject.toml setup.py src/vtpm/engine/_build.py src/vtpm/engine/door.c Makefile $(if $(HIDDEN),always)
 	@missing=$$(dpkg-query -W -f='$${Package} $${Status}\n' $(APT_RUN) $(APT_TEST) 2>/dev/null \
 	  | awk '/ok installed/ {have[$$1]=1} END {n=split("$(APT_RUN) $(APT_TEST)", want); for (i=1; i<=n; i++) if (!have[want[i]]) print want[i]}'); \
 	if [ -n "$$missing" ]; then \
