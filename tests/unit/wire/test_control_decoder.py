@@ -172,3 +172,19 @@ def test_stream_begins_anew_when_unknown_command_was_answered() -> None:
 
 def test_nothing_comes_when_nothing_is_fed() -> None:
     assert ControlDecoder().feed(b"") == []
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_completes_tells_what_feeding_would_give_and_changes_nothing_when_cut_anywhere(name: str) -> None:
+    request, _ = REQUESTS[name]
+    stream = encode_request(request)
+    for cut in range(len(stream)):
+        decoder = ControlDecoder()
+        assert decoder.feed(stream[:cut]) == []
+        assert not decoder.completes(b"")
+        assert decoder.completes(stream[cut:])
+        assert decoder.buffered_bytes == cut
+        assert decoder.feed(stream[cut:]) == [request]
+    decoder = ControlDecoder()
+    assert decoder.completes(_word(99))
+    assert decoder.feed(stream) == [request]
