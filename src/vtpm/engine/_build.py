@@ -1,9 +1,9 @@
 """Builds `vtpm.engine._libtpms`, the compiled side of the door to libtpms (cffi API mode).
 
 Run by setuptools at install time, or by hand to build in place; imported by nothing at run time. `door.c`
-holds what must not cost a Python call per TPM command (locality, physical presence) and what Python must not
-lend out (the command's memory: libtpms decrypts parameters in place). It compiles against libtpms 0.9 and
-later; symbols of later versions are weak and may be NULL.
+holds what must not cost a Python call per TPM command (the hot path, locality, physical presence) and what
+Python must not lend out (the command's memory: libtpms decrypts parameters in place). It compiles against
+libtpms 0.9 and later; symbols of later versions are weak and may be NULL.
 """
 
 from __future__ import annotations
@@ -16,11 +16,24 @@ _DECLARATIONS = """
     #define VTPM_MAX_COMMAND_BYTES ...
     #define TPM_LIBRARY_VERSION ...
 
+    #define VTPM_WOKEN ...
+    #define VTPM_INPUT ...
+    #define VTPM_RESPONSE ...
+    #define VTPM_FAILED ...
+
     struct vtpm_response { unsigned char *data; uint32_t size; uint32_t capacity; };
+    struct vtpm_turn {
+        uint32_t event, error, input_size, sent, commands;
+        unsigned char last_code[4], last_result[4];
+        unsigned char input[...];
+        ...;
+    };
+    uint32_t vtpm_default_locality;
 
     void vtpm_register(void);
     uint32_t vtpm_process(const char *command, uint32_t size, uint32_t locality,
                           struct vtpm_response *response);
+    void vtpm_serve(int link, int wake, struct vtpm_response *response, struct vtpm_turn *turn);
     uint32_t vtpm_reset_established(uint32_t locality);
     bool vtpm_has_set_profile(void);
     bool vtpm_has_was_manufactured(void);

@@ -12,6 +12,7 @@ has set would tell libtpms "none".
 from __future__ import annotations
 
 import enum
+import os
 import threading
 from collections.abc import Mapping
 from types import TracebackType
@@ -26,7 +27,7 @@ from vtpm.tpm.headers import HEADER_BYTES, MAX_COMMAND_BYTES
 from vtpm.tpm.return_codes import Rc12, describe_12
 from vtpm.tpm.types import MAX_LOCALITY, MAX_STATE_BYTES, Locality, StateKind, TpmVersion
 
-__all__ = ["BufferSize", "Engine", "Origin", "Store"]
+__all__ = ["BufferSize", "Engine", "Origin", "ServeEnd", "Served", "Store"]
 
 LOCALITY_0 = Locality(0)
 
@@ -49,6 +50,30 @@ class BufferSize(NamedTuple):
     size: int
     min: int
     max: int
+
+
+class ServeEnd(enum.Enum):
+    """Why `Engine.serve` returned."""
+
+    WOKEN = "woken"
+    """The wake-up descriptor is readable; nothing of the link was taken."""
+    INPUT = "input"
+    """What came is not one whole plain command: the end of the stream, a part, several, another form."""
+    RESPONSE = "response"
+    """A command changed state, or the peer did not take the whole response."""
+
+
+class Served(NamedTuple):
+    """How `Engine.serve` ended; nothing that was received or is to be sent is lost.
+
+    `data` is what came (INPUT; empty at the end of the stream) or what of the response is still to be sent
+    (RESPONSE). `last` is the code of the last command and the return code of its response, four bytes each,
+    or None when no command was run.
+    """
+
+    end: ServeEnd
+    data: bytes
+    last: tuple[bytes, bytes] | None
 
 
 class _Power(enum.Enum):
@@ -92,6 +117,12 @@ class Engine:
             raise
         self._nvram = Nvram(ffi, lib, store, _RETENTION[version])
         self._response = ffi.new("struct vtpm_response *")
+        self._turn = ffi.new("struct vtpm_turn *")
+        self._serve_ends = {
+            lib.VTPM_WOKEN: ServeEnd.WOKEN,
+            lib.VTPM_INPUT: ServeEnd.INPUT,
+            lib.VTPM_RESPONSE: ServeEnd.RESPONSE,
+        }
 
     @property
     def powered(self) -> bool:
@@ -203,6 +234,48 @@ class Engine:
                 self._power = _Power.BROKEN
                 raise EngineError(f"libtpms failed in TPMLIB_Process with {describe_12(result)}")
             return bytes(self._ffi.buffer(response.data, response.size))
+
+    def serve(self, link_fd: int, wake_fd: int) -> Served:
+        """Answer plain commands from a stream socket, until something comes that is not just that.
+
+        Runs without Python's lock and without a step through Python: one poll, one recv, one send a command. A
+        command that changes state is not answered here: its response is returned, so that the caller sees to it.
+
+        Args:
+            link_fd: connected stream socket; between two commands. Never waited for but for its next command.
+            wake_fd: ends the serving when it is readable.
+        Raises:
+            EngineError: the engine is not powered, or libtpms itself failed and cannot be used again.
+            OSError: the connection broke.
+        C: TPMLIB_Process.
+        """
+        turn = self._turn
+        with self._busy:
+            self._require(_Power.ON)
+            self._lib.vtpm_serve(link_fd, wake_fd, self._response, turn)
+            if turn.event == self._lib.VTPM_FAILED:
+                self._power = _Power.BROKEN
+                raise EngineError(f"libtpms failed in TPMLIB_Process with {describe_12(turn.error)}")
+            end = self._serve_ends[turn.event]
+            data = b""
+            if end is ServeEnd.INPUT:
+                data = bytes(self._ffi.buffer(turn.input, turn.input_size))
+            elif end is ServeEnd.RESPONSE:
+                data = bytes(self._ffi.buffer(self._response.data, self._response.size))[turn.sent :]
+        if turn.error:
+            raise OSError(turn.error, os.strerror(turn.error))
+        last = (bytes(turn.last_code), bytes(turn.last_result)) if turn.commands else None
+        return Served(end, data, last)
+
+    def set_default_locality(self, locality: Locality) -> None:
+        """Set the locality of the plain commands of `serve`, from the next one on; from any thread.
+
+        Raises:
+            UsageError: no such locality.
+        """
+        if not 0 <= locality <= MAX_LOCALITY:
+            raise UsageError(f"locality {locality} does not exist; 0 to {MAX_LOCALITY} do")
+        self._lib.vtpm_default_locality = locality
 
     def cancel(self) -> None:
         """Ask the command that runs to end early; call from another thread. TPM 1.2 takes no notice.

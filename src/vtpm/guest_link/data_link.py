@@ -37,6 +37,11 @@ class DataLink:
         """Descriptor to wait on."""
         return self._sock.fileno()
 
+    @property
+    def between_commands(self) -> bool:
+        """Whether its plain commands may be taken from the descriptor itself, for nothing of one is here."""
+        return not self._framer.buffered_bytes
+
     def receive(self) -> Sequence[TpmCommand | BadCommand]:
         """Take what has come and return whole commands. To be called when readable.
 
@@ -51,6 +56,10 @@ class DataLink:
             data = self._sock.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return ()
+        return self.take(data)
+
+    def take(self, data: bytes) -> Sequence[TpmCommand | BadCommand]:
+        """As `receive`, with what somebody else has read from the descriptor; empty at the end of the stream."""
         if not data:
             self.alive = False
             return ()
@@ -61,7 +70,11 @@ class DataLink:
 
     def respond(self, response: bytes, to: TpmCommand | BadCommand) -> None:
         """Send the response to one command. Raises OSError: the peer is gone or does not read."""
-        self._send(frame_response(response, prefixed=True) if to.prefixed else response)
+        self.send(frame_response(response, prefixed=True) if to.prefixed else response)
+
+    def send(self, reply: bytes) -> None:
+        """Send a framed response, or the rest of one. Raises OSError: the peer is gone or does not read."""
+        self._send(reply)
 
     def _send(self, reply: bytes) -> None:
         try:
@@ -101,6 +114,11 @@ class EmulatorDataLink(DataLink):
     def __init__(self, sock: socket.socket, journal: Journal) -> None:
         super().__init__(sock)
         self._journal = journal
+
+    @property
+    def between_commands(self) -> bool:
+        """Never: each turn must be in the journal before it is taken."""
+        return False
 
     def settle(self, failure: bytes) -> None:
         """End the turn that a predecessor left: the rest of its reply, or `failure` for a request it had taken.

@@ -6,17 +6,19 @@ The main thread (server.py) hands it jobs; between jobs it waits for commands. N
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import select
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-from vtpm.engine.engine import Engine, Origin
+from vtpm.engine.engine import Engine, Origin, Served, ServeEnd
 from vtpm.errors import EngineError, StateError, VtpmError
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
@@ -93,16 +95,14 @@ class Worker:
         self._engine = Engine(version, self._store)
         self._power = power
         self._link: DataLink | None = None
-        self._last_command = b""
-        self._last_response = b""
+        self._last: tuple[bytes, bytes] = (b"", b"")
+        self._locality = 0
         self._spent = False
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="tpm", daemon=True)
-        self.locality = 0
-        """Locality of plain commands; the control channel sets it."""
         self.established = False
         """The established bit as of the last job, so that asking for it never waits for a command."""
         self.info = ""
@@ -122,6 +122,16 @@ class Worker:
     def cancel(self) -> None:
         """Ask libtpms to give up the command under way; it answers TPM_RC_CANCELED where it can."""
         self._engine.cancel()
+
+    @property
+    def locality(self) -> int:
+        """Locality of plain commands, 0 to 4; the control channel sets it."""
+        return self._locality
+
+    @locality.setter
+    def locality(self, value: int) -> None:
+        self._engine.set_default_locality(Locality(value))
+        self._locality = value
 
     @property
     def power(self) -> Power:
@@ -170,7 +180,7 @@ class Worker:
             raise
         finally:
             self._permit = None
-        self._last_command = b""
+        self._last = (b"", b"")
         self._set_power(Power.ON, "powered on")
         self.established = self._engine.established()
         if startup is not Startup.NONE:
@@ -258,22 +268,53 @@ class Worker:
             os._exit(EXIT_DEFECT)
 
     def _serve_for_ever(self) -> None:
-        wake = self._wake
-        poll = self._poll.poll
         while True:
-            for fd, _ in poll():
-                if fd == wake:
-                    os.eventfd_read(wake)
-                    while self._jobs:
-                        self._jobs.popleft()()
-                    # A job may have put another link at a descriptor that this round of events still names.
-                    break
-                if self._link is not None and fd == self._link.fileno():
-                    self._serve(self._link)
+            link = self._link
+            if link is not None and link.between_commands and self._power is Power.ON:
+                self._serve_directly(link)
+            else:
+                self._serve_waiting()
 
-    def _serve(self, link: DataLink) -> None:
+    def _serve_waiting(self) -> None:
+        for fd, _ in self._poll.poll():
+            if fd == self._wake:
+                self._run_jobs()
+                # A job may have put another link at a descriptor that this round of events still names.
+                break
+            if self._link is not None and fd == self._link.fileno():
+                self._serve(self._link, self._link.receive)
+
+    def _run_jobs(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._jobs:
+            self._jobs.popleft()()
+
+    def _serve_directly(self, link: DataLink) -> None:
+        """Let the engine serve the link until there is something to do that it cannot do alone."""
         try:
-            for command in link.receive():
+            served = self._engine.serve(link.fileno(), self._wake)
+        except EngineError:
+            self._fail("libtpms failed")
+            served = Served(ServeEnd.RESPONSE, refuse(self._version, Refusal.FAILED), None)
+        except OSError:
+            self.do_detach()
+            return
+        if served.last is not None:
+            self._note_last(*served.last)
+        if served.end is ServeEnd.WOKEN:
+            self._run_jobs()
+        elif served.end is ServeEnd.INPUT:
+            self._serve(link, partial(link.take, served.data))
+        else:
+            try:
+                link.send(served.data)
+            except OSError:
+                self.do_detach()
+
+    def _serve(self, link: DataLink, take: Callable[[], Sequence[TpmCommand | BadCommand]]) -> None:
+        try:
+            for command in take():
                 link.respond(self._answer(command), command)
             alive = link.alive
         except OSError:
@@ -295,13 +336,16 @@ class Worker:
         except EngineError:
             self._fail("libtpms failed")
             return refuse(self._version, Refusal.FAILED)
-        self._last_command, self._last_response = command, response
-        if self._engine.store_error is not None:
-            self._fail(f"state could not be kept: {self._engine.store_error}")
+        self._note_last(command[6:10], response[6:10])
         return response
 
+    def _note_last(self, code: bytes, result: bytes) -> None:
+        self._last = code, result
+        if self._engine.store_error is not None:
+            self._fail(f"state could not be kept: {self._engine.store_error}")
+
     def _was_shut_down(self) -> bool:
-        return self._last_command[6:10] == _SHUTDOWN_CODE and self._last_response[6:10] == _SUCCESS
+        return self._last == (_SHUTDOWN_CODE, _SUCCESS)
 
     def _store(self, kind: StateKind, data: bytes) -> None:
         permit = self._permit if kind is StateKind.PERMANENT else None
