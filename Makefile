@@ -52,7 +52,7 @@ test: install
 
 # Long runs; their last result stands in docs/reliability.md.
 soak: install
-	$(BIN)/python -m pytest -m soak --timeout 7200
+	$(BIN)/python -m pytest -m soak --timeout 7200 -s
 	VTPM_FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest tests/fuzz --timeout 3600
 
 bench: install
