@@ -10,6 +10,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 from tests.unit.engine import commands
@@ -109,6 +110,8 @@ class Writer:
         """The last value whose success arrived."""
         self.asked = 0
         """The last value that was sent: `answered`, or one more."""
+        self.longest_s = 0.0
+        """The longest that one write took to be answered."""
         self.error: BaseException | None = None
         """Why the thread ended by itself; TpmGone after a kill."""
         self._marker = secrets.token_bytes(MARKER_BYTES)
@@ -179,7 +182,9 @@ class Writer:
         try:
             while not self._stop.is_set():
                 self.asked = self.answered + 1
+                began = time.monotonic()
                 self._connection.succeed(commands.nv_write(COUNTER_INDEX, self.asked.to_bytes(8, "big")))
+                self.longest_s = max(self.longest_s, time.monotonic() - began)
                 with self._progress:
                     self.answered = self.asked
                     self._progress.notify_all()
