@@ -50,7 +50,7 @@ _SPEC = ImageSpec(
     files={f"/opt/vtpm/{name}": (CHECKOUT / "src" / "vtpm" / name).read_bytes() for name in _PACKAGES}
     | {
         f"/opt/vtpm/platform_tpm/{name}": (CHECKOUT / "src" / "vtpm" / "platform_tpm" / name).read_bytes()
-        for name in ("__init__.py", "pcrs.py", "sealed_blob.py")
+        for name in ("__init__.py", "pcrs.py", "root_policy.py", "sealed_blob.py")
     },
 )
 

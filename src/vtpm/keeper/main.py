@@ -28,7 +28,7 @@ from vtpm.keeper.platforms import EMBEDDED, EMBEDDED_RUN_DIR, EmbeddedPlatform, 
 from vtpm.keeper.root_key import open_root_key
 from vtpm.keeper.service import KeeperService
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS, PcrSelection
-from vtpm.platform_tpm.platform_tpm import ZeroPcrs
+from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
 from vtpm.wire.keeper import KEEPER, KEEPER_SOCKET, PlatformKind
 from vtpm.wire.packet_socket import AsyncPacketServer, ServiceLock
@@ -141,8 +141,8 @@ async def _serve(settings: Settings, platform: Platform, listener: socket.socket
             settings.state_dir, tpm, settings.pcrs, ZeroPcrs.ALLOW if is_embedded else settings.zero_pcrs
         )
     warnings: tuple[str, ...] = ()
-    if root.blob.selection != settings.pcrs:
-        warnings = (f"the root key stays sealed under PCRs {root.blob.selection}, not {settings.pcrs}",)
+    if root.opened_by.selection != settings.pcrs:
+        warnings = (f"the root key stays sealed under PCRs {root.opened_by.selection}, not {settings.pcrs}",)
     service = KeeperService(platform, root, info, warnings)
     allowed = {0, settings.manager_uid}
     server = AsyncPacketServer(KEEPER, service.handle, lambda uid: uid in allowed)

@@ -1,7 +1,8 @@
 """The root key: made once, sealed by the platform TPM, opened at every start. For the keeper alone.
 
 The root file is a SealedBlob. It appears whole or not at all, is proven to open before it appears, and is never
-replaced: one that does not open is evidence.
+replaced by another key's: one that does not open is evidence. What a start that was cut short left in the TPM is found
+by the temporary file that it left on disk.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from vtpm.errors import PlatformTpmError, StateError, StoreError
 from vtpm.platform_tpm.pcrs import PcrSelection
-from vtpm.platform_tpm.platform_tpm import PlatformTpm, ZeroPcrs
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
+from vtpm.platform_tpm.root_policy import PcrSet, ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import MAX_BLOB_BYTES, SealedBlob
 from vtpm.secret import KEY_BYTES, Secret
 
 ROOT_FILE = "root.sealed"
+FIRST_LABEL = "set-up"
+"""Of the PCR set that a new root key is sealed under."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RootKey:
-    """The open root key and the blob that it came from."""
+    """The open root key, the blob that it came from and the PCR set that it opened by."""
 
     secret: Secret
     blob: SealedBlob
+    opened_by: PcrSet
 
 
 def open_root_key(state_dir: Path, tpm: PlatformTpm, selection: PcrSelection, zero_pcrs: ZeroPcrs) -> RootKey:
@@ -48,13 +53,20 @@ def open_root_key(state_dir: Path, tpm: PlatformTpm, selection: PcrSelection, ze
     data = _read(path)
     if data is None:
         return _make(path, tpm, selection, zero_pcrs)
-    return _open(path, data, tpm)
+    root = _open(path, data, tpm)
+    try:
+        # Left by a start that was cut short after the link; `_make` would take its indexes for those of a lost key.
+        _temporary(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"the file {_temporary(path)} cannot be removed: {error.strerror}") from error
+    return root
 
 
 def _open(path: Path, data: bytes, tpm: PlatformTpm) -> RootKey:
     try:
         blob = SealedBlob.from_bytes(data)
-        return RootKey(Secret(tpm.unseal(blob)), blob)
+        opened = tpm.unseal_root(blob)
+        return RootKey(opened.root, blob, opened.opened_by)
     except StateError as error:
         raise StateError(f"the root file {path} does not open: {error.message}", next_step=error.next_step) from error
     except PlatformTpmError as error:
@@ -67,10 +79,16 @@ def _make(path: Path, tpm: PlatformTpm, selection: PcrSelection, zero_pcrs: Zero
     # Of two sources, so that neither a weak TPM nor a weak kernel generator alone makes a weak key.
     randomness = tpm.random(KEY_BYTES) + os.urandom(KEY_BYTES)
     secret = Secret(HKDF(SHA256(), KEY_BYTES, None, b"vtpm keeper root key").derive(randomness))
-    data = tpm.seal(secret.reveal(), selection, zero_pcrs=zero_pcrs).to_bytes()
-    temporary = path.with_name(f"{path.name}.new")
+    temporary = _temporary(path)
+    _discard(temporary, tpm)
     try:
-        _write_temporary(temporary, data)
+        blob = tpm.seal_root(
+            secret,
+            tpm.pcr_set(FIRST_LABEL, selection),
+            lambda blob: _write_temporary(temporary, blob.to_bytes()),
+            zero_pcrs=zero_pcrs,
+        )
+        data = blob.to_bytes()
         reread = _read(temporary)
         if reread != data:
             raise StoreError(f"the root file {temporary} does not read as it was written")
@@ -87,6 +105,21 @@ def _make(path: Path, tpm: PlatformTpm, selection: PcrSelection, zero_pcrs: Zero
         ) from error
     _log.info("made a root key, sealed under PCRs %s", selection)
     return root
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new")
+
+
+def _discard(temporary: Path, tpm: PlatformTpm) -> None:
+    """Undefine the indexes of a start that was cut short; its key was never used."""
+    data = _read(temporary)
+    if data is not None:
+        try:
+            blob = SealedBlob.from_bytes(data)
+        except StateError:
+            return  # cut short while it was written: nothing was made in the TPM yet
+        tpm.discard(blob)
 
 
 def _write_temporary(path: Path, data: bytes) -> None:

@@ -83,7 +83,7 @@ class KeeperService:
             kind=self._platform.kind,
             tcti=self._platform.tcti,
             manufacturer=f"{self._info.manufacturer} {self._info.vendor} {self._info.firmware}".strip(),
-            pcr_selection=str(self._root.blob.selection),
+            pcr_selection=str(self._root.opened_by.selection),
             protection=self._platform.protection,
             reachable=not problem,
             warnings=self._warnings + ((problem,) if problem else ()),
@@ -103,8 +103,7 @@ class KeeperService:
 def _warnings(platform: Platform, root: RootKey) -> tuple[str, ...]:
     if platform.kind is PlatformKind.EMBEDDED:
         return ("UNPROTECTED: the embedded TPM keeps the root key from nobody who reads the state directory",)
-    values = dict(zip(root.blob.selection.indexes, root.blob.pcr_values, strict=True))
-    if zero := all_zero(values):
+    if zero := all_zero(root.opened_by.by_index):
         listed = ", ".join(map(str, zero))
         return (f"nothing had measured into PCRs {listed} when the root key was sealed: they bind it to no boot",)
     return ()

@@ -19,12 +19,26 @@ RC_SESSION_MEMORY = 0x903
 RC_SESSION_HANDLES = 0x905
 RC_OBJECT_HANDLES = 0x906
 RC_LOCKOUT = 0x921
+RC_VALUE = 0x084
+RC_HANDLE = 0x08B
 RC_AUTH_FAIL = 0x08E
 RC_POLICY_FAIL = 0x09D
 RC_INTEGRITY = 0x09F
 RC_BAD_AUTH = 0x0A2
+RC_COMMAND_CODE = 0x143
+RC_NV_RANGE = 0x146
+RC_NV_LOCKED = 0x148
+RC_NV_AUTHORIZATION = 0x149
+RC_NV_UNINITIALIZED = 0x14A
 
 NO_ROOM = frozenset({RC_OBJECT_MEMORY, RC_SESSION_MEMORY, RC_SESSION_HANDLES, RC_OBJECT_HANDLES})
+
+NO_USE = frozenset({RC_FAILURE, RC_LOCKOUT, RC_REBOOT, RC_COMMAND_CODE})
+"""Trying again does not help."""
+NOT_OUR_INDEX = frozenset(
+    {RC_AUTH_FAIL, RC_BAD_AUTH, RC_NV_RANGE, RC_NV_LOCKED, RC_NV_AUTHORIZATION, RC_NV_UNINITIALIZED}
+)
+"""What an NV index answers that has our Name and is not ours: an authValue, or never written."""
 
 _LAYER_MASK = 0xFF0000
 _TPM_LAYERS = (0x000000, 0x0B0000, 0x0C0000)
@@ -33,6 +47,10 @@ _TCTI_LAYER = 0x0A0000
 _TCTI_UNKNOWN = (0x000A0015, 0x000A0010)
 """Not supported and bad value: tctildr finds no such TCTI."""
 
+_PASSWORD = (
+    "its owner or endorsement hierarchy has a password",
+    "Clear it: tpm2_changeauth -c owner -p OLD, tpm2_changeauth -c endorsement -p OLD",
+)
 _KNOWN = {
     RC_FAILURE: ("it is in failure mode", "Reboot the host; if that does not help, the TPM is broken"),
     RC_LOCKOUT: (
@@ -40,8 +58,9 @@ _KNOWN = {
         "Wait for its recovery time, or run tpm2_dictionarylockout --clear-lockout with the lockout password",
     ),
     RC_REBOOT: ("it wants a restart", "Reboot the host"),
-    RC_BAD_AUTH: ("its owner hierarchy has a password", "Clear it: tpm2_changeauth -c owner -p OLD"),
-    RC_AUTH_FAIL: ("its owner hierarchy has a password", "Clear it: tpm2_changeauth -c owner -p OLD"),
+    RC_BAD_AUTH: _PASSWORD,
+    RC_AUTH_FAIL: _PASSWORD,
+    RC_COMMAND_CODE: ("it lacks a command", "Update its firmware: TPM 2.0 revision 1.38 or later has what vtpm needs"),
     RC_INITIALIZE: ("it was not started by the firmware", "Enable the TPM in the firmware's settings"),
 }
 

@@ -17,6 +17,16 @@ _PARENT_ATTRIBUTES = (
     | TPMA_OBJECT.RESTRICTED
     | TPMA_OBJECT.DECRYPT
 )
+_ENDORSEMENT_ATTRIBUTES = (
+    TPMA_OBJECT.FIXEDTPM
+    | TPMA_OBJECT.FIXEDPARENT
+    | TPMA_OBJECT.SENSITIVEDATAORIGIN
+    | TPMA_OBJECT.ADMINWITHPOLICY
+    | TPMA_OBJECT.RESTRICTED
+    | TPMA_OBJECT.DECRYPT
+)
+# PolicySecret of the endorsement hierarchy.
+_ENDORSEMENT_POLICY = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
 # No userWithAuth: the policy is the only way in.
 _SEALED_ATTRIBUTES = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.ADMINWITHPOLICY | TPMA_OBJECT.NODA
 
@@ -24,6 +34,18 @@ _SEALED_ATTRIBUTES = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJEC
 def parent_template() -> TPM2B_PUBLIC:
     """Return the template of the storage primary key; a TPM makes the same key of it until it is cleared."""
     return TPM2B_PUBLIC.parse("ecc256:aes128cfb", objectAttributes=_PARENT_ATTRIBUTES)
+
+
+def endorsement_template() -> TPM2B_PUBLIC:
+    """Return the template of the endorsement key; a TPM makes the same key of it also after it was cleared.
+
+    Source: TCG EK Credential Profile for TPM Family 2.0, template L-2 (ECC NIST P-256).
+    """
+    template = TPM2B_PUBLIC.parse("ecc256:aes128cfb", objectAttributes=_ENDORSEMENT_ATTRIBUTES)
+    template.publicArea.authPolicy = _ENDORSEMENT_POLICY
+    template.publicArea.unique.ecc.x = bytes(32)
+    template.publicArea.unique.ecc.y = bytes(32)
+    return template
 
 
 def sealed_template(policy_digest: bytes) -> TPM2B_PUBLIC:

@@ -6,7 +6,7 @@ import enum
 import hashlib
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -103,3 +103,20 @@ def pcr_policy_digest(selection: PcrSelection, values: PcrValues) -> bytes:
 def all_zero(values: PcrValues) -> tuple[int, ...]:
     """Return the PCRs that hold only zeros: nothing has measured into them since the TPM was reset."""
     return tuple(index for index, value in sorted(values.items()) if not any(value))
+
+
+def predict_pcr(bank: PcrBank, value: bytes, digests: Iterable[bytes]) -> bytes:
+    """Return what a PCR will hold after it was extended with these digests, one after another.
+
+    Args:
+        value: what it holds before; zeros after a reset, for PCRs 0 to 16.
+    Raises:
+        UsageError: a value or digest is not of the bank's size.
+    Spec: TPM 2.0 Part 3 (revision 1.59), TPM2_PCR_Extend.
+    """
+    for digest in (value, *(digests := tuple(digests))):
+        if len(digest) != bank.digest_bytes:
+            raise UsageError(f"a digest of the bank {bank} has {bank.digest_bytes} bytes, this one has {len(digest)}")
+    for digest in digests:
+        value = hashlib.new(bank, value + digest).digest()
+    return value

@@ -1,67 +1,39 @@
-"""PlatformTpm: one connection to the host's TPM. For the keeper alone.
+"""PlatformTpm: the host's TPM as the keeper uses it. For the keeper alone.
 
-The bus to the TPM is not trusted: everything secret crosses it in a session whose salt is encrypted to the storage
-primary key, with AES-128-CFB on parameters and HMAC on both ways. FAPI and tpm2-pytss' policy class are not used.
+The root key is sealed once, under a policy that an NV index approves (root_policy.py); the anchor stands in a second
+one (anchor.py). What is sealed opens under the PCR sets that are allowed now; changing them seals nothing anew.
 """
 
 from __future__ import annotations
 
-import contextlib
-import enum
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from tpm2_pytss import (
-    ESAPI,
-    ESYS_TR,
-    TPM2_ALG,
-    TPM2_CAP,
-    TPM2_HC,
-    TPM2_SE,
-    TPM2_SU,
-    TPM2B_DATA,
-    TPM2B_PRIVATE,
-    TPM2B_SENSITIVE_CREATE,
-    TPM2B_SENSITIVE_DATA,
-    TPMA_SESSION,
-    TPML_PCR_SELECTION,
-    TPMS_SENSITIVE_CREATE,
-    TSS2_Exception,
-)
+from tpm2_pytss import TPM2_CAP, TPM2_SE, TPMA_SESSION
 
-from vtpm.errors import PlatformTpmError, StateError, UnavailableError
-from vtpm.platform_tpm import faults
-from vtpm.platform_tpm.bounded import BoundedThread
-from vtpm.platform_tpm.objects import parent_template, read_sealed_public, sealed_template
-from vtpm.platform_tpm.pcrs import PcrBank, PcrSelection, all_zero, pcr_policy_digest
-from vtpm.platform_tpm.policy import apply_pcr_policy
+from vtpm.errors import PlatformTpmError, UsageError
+from vtpm.platform_tpm import fence, pcr_access, sealing
+from vtpm.platform_tpm.anchor import AnchorIndex, anchor_index
+from vtpm.platform_tpm.connection import PT_MANUFACTURER, Connection
+from vtpm.platform_tpm.pcrs import PCR_COUNT, PcrBank, PcrSelection
+from vtpm.platform_tpm.root_policy import PcrSet, PcrSets, ZeroPcrs, checked, refuse_zeros, with_set, without_set
 from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.platform_tpm.sealing import OpenedRoot
+from vtpm.platform_tpm.write_authority import WriteAuthority
+from vtpm.secret import Secret
 
 DEFAULT_TIMEOUT_S = 20.0
-"""For one method. Hardware makes an ECC primary key in well under a second; a TPM's longest command is RSA's."""
-MAX_SECRET_BYTES = 128
-"""MAX_SYM_DATA of TPM 2.0 Part 2 (revision 1.59), A.1: what a TPM must be able to seal."""
+"""For one exchange. Hardware makes an ECC primary key in well under a second; a TPM's longest command is RSA's."""
 MAX_RANDOM_BYTES = 1024
 
 # TPM_PT. Spec: TPM 2.0 Part 2 (revision 1.59), 6.13.
-_PT_MANUFACTURER = 0x105
 _PT_VENDOR_STRINGS = (0x106, 0x107, 0x108, 0x109)
 _PT_FIRMWARE_VERSIONS = (0x10B, 0x10C)
 
-_PCR_READ_TRIES = 5
-_MAX_HANDLES = 254
-
-ResultT = TypeVar("ResultT")
-
-
-class ZeroPcrs(enum.Enum):
-    """What to do when all PCRs of a selection are zero, so that nothing measured this boot."""
-
-    REFUSE = "refuse"
-    ALLOW = "allow"
+Save = Callable[[SealedBlob], None]
+"""Makes a blob durable in the place of the one before; called in the caller's thread, and free to raise."""
 
 
 @dataclass(frozen=True)
@@ -84,25 +56,20 @@ class TpmInfo:
 class PlatformTpm:
     """One connection to the host's TPM; a context manager, for one thread at a time.
 
-    Every method ends within the time limit. After one that did not, the connection is of no more use.
+    Every exchange ends within the time limit. After one that did not, the connection is of no more use. A TPM that went
+    away and is back is connected to anew at the next call. All methods that talk to it raise PlatformTpmError when it
+    fails, goes away or does not answer.
 
     Args:
         tcti: any tpm2-tss TCTI configuration, such as "device:/dev/tpmrm0" or "swtpm:path=SOCKET".
-        timeout_s: limit of connecting, and of each method.
+        timeout_s: limit of connecting, and of each exchange.
     Raises:
         PlatformTpmError: it is absent, not a TPM, in failure mode, or does not answer.
     """
 
     def __init__(self, tcti: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self.tcti = tcti
-        self._timeout_s = timeout_s
-        self._thread = BoundedThread("platform-tpm")
-        self._esapi: Any = None
-        try:
-            self._run("answer", self._connect)
-        except PlatformTpmError:
-            self.close()
-            raise
+        self._connection = Connection(tcti, timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -113,245 +80,247 @@ class PlatformTpm:
         self.close()
 
     def close(self) -> None:
-        """Disconnect."""
-
-        def disconnect() -> None:
-            if self._esapi is not None:
-                self._esapi.close()
-                self._esapi = None
-
-        with contextlib.suppress(UnavailableError):  # stuck; nothing more can be done than to leave it
-            self._thread.run(disconnect, self._timeout_s)
-        self._thread.close(self._timeout_s)
+        """Disconnect; close an open anchor first."""
+        self._connection.close()
 
     def info(self) -> TpmInfo:
-        """Return what the TPM says of itself.
-
-        Raises:
-            PlatformTpmError: it failed or went away.
-        """
-        return self._run("say what it is", self._info)
-
-    def pcr_values(self, selection: PcrSelection) -> dict[int, bytes]:
-        """Return the present value of each PCR of a selection.
-
-        Raises:
-            PlatformTpmError: the TPM lacks the bank or a PCR, failed or went away.
-        """
-        return self._run("read PCRs", lambda: self._pcr_values(selection))
+        """Return what the TPM says of itself."""
+        return self._connection.run("say what it is", self._info)
 
     def random(self, size_bytes: int) -> bytes:
         """Return random bytes of the TPM's, encrypted on the way.
 
         Args:
             size_bytes: 1 to MAX_RANDOM_BYTES.
-        Raises:
-            PlatformTpmError: it failed or went away.
         """
         if not 1 <= size_bytes <= MAX_RANDOM_BYTES:
             raise PlatformTpmError(f"{size_bytes} random bytes cannot be had at once; 1 to {MAX_RANDOM_BYTES} can")
-        return self._run("give random bytes", lambda: self._random(size_bytes))
+        return self._connection.run("give random bytes", lambda: self._random(size_bytes))
 
-    def seal(self, secret: bytes, selection: PcrSelection, *, zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE) -> SealedBlob:
-        """Seal a secret under the present values of some PCRs; nothing stays in the TPM.
+    # PCRs.
+
+    def pcr_values(self, selection: PcrSelection) -> dict[int, bytes]:
+        """Return the present value of each PCR of a selection.
+
+        Raises:
+            PlatformTpmError: the TPM lacks the bank or a PCR.
+        """
+        return self._connection.run("read PCRs", lambda: pcr_access.read_pcrs(self._connection, selection))
+
+    def pcr_set(self, label: str, selection: PcrSelection) -> PcrSet:
+        """Return the present values as a set that can be allowed.
+
+        Raises:
+            UsageError: the label is not of its form.
+            PlatformTpmError: the TPM lacks the bank or a PCR.
+        """
+        return PcrSet.of(label, selection, self.pcr_values(selection))
+
+    def extend(self, index: int, bank: PcrBank, digest: bytes) -> None:
+        """Extend a PCR, in one bank; `pcrs.predict_pcr` says what it then holds.
 
         Args:
-            secret: 1 to MAX_SECRET_BYTES bytes.
-            selection: PCRs whose values must be the same at `unseal`.
-            zero_pcrs: whether PCRs that are all zero will do.
+            index: 0 to 23.
+            digest: of the bank's size.
         Raises:
-            PlatformTpmError: the TPM lacks the bank or a PCR, the PCRs are all zero, it failed or went away.
+            UsageError: another PCR or size.
         """
-        if not 1 <= len(secret) <= MAX_SECRET_BYTES:
-            raise PlatformTpmError(f"a secret of {len(secret)} bytes cannot be sealed; 1 to {MAX_SECRET_BYTES} can")
-        return self._run("seal a key", lambda: self._seal(secret, selection, zero_pcrs))
+        if not 0 <= index < PCR_COUNT or len(digest) != bank.digest_bytes:
+            raise UsageError(f"PCR {index} of bank {bank} cannot be extended with {len(digest)} bytes")
+        self._connection.run(
+            f"extend PCR {index}", lambda: pcr_access.extend_pcr(self._connection, index, bank, digest)
+        )
 
-    def unseal(self, blob: SealedBlob) -> bytes:
-        """Return the secret of a sealed blob.
+    # The root key.
+
+    def seal_root(
+        self,
+        root: Secret,
+        first: PcrSet,
+        save: Save,
+        *,
+        zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE,
+        fence_pcr: int | None = None,
+    ) -> SealedBlob:
+        """Seal a root key, and make the policy index and the anchor index in the TPM.
+
+        `save` is called before an index is made, so that a blob that was saved and never finished names what may be
+        left in the TPM: `discard` removes it. The blob opens when this returns.
+
+        Args:
+            root: the key.
+            first: the only set of PCRs that is allowed at first, such as `pcr_set` returns.
+            save: keeps the blob, not yet as the one that counts.
+            zero_pcrs: whether PCRs that are all zero will do.
+            fence_pcr: the PCR that `extend_fence` will extend, if so: exempt from the rule of zeros.
+        Raises:
+            PlatformTpmError: the set is all zero, there is no room in NV memory, the hierarchies have passwords.
+            UsageError: the fence PCR is not in the set, or can be reset.
+        """
+        self._check_set(first, zero_pcrs, fence_pcr)
+        connection = self._connection
+        blob = connection.run("seal a key", lambda: sealing.seal(connection, root, first))
+        save(blob)
+        connection.run("make NV indexes", lambda: sealing.make_indexes(connection, blob, root))
+        return blob
+
+    def discard(self, blob: SealedBlob) -> None:
+        """Undefine the indexes of a blob that is not in use; whatever else has their handles is left alone.
+
+        The blob never opens again.
+        """
+        connection = self._connection
+        connection.run("undefine NV indexes", lambda: sealing.undefine_indexes(connection, blob))
+
+    def unseal_root(self, blob: SealedBlob) -> OpenedRoot:
+        """Return the root key, and what it opened by.
 
         Args:
             blob: untrusted.
         Raises:
-            PlatformTpmError: PCRs differ (the message names them), another TPM sealed it, it failed or went away.
-            StateError: the blob is damaged.
+            PlatformTpmError: PCRs differ from every allowed set (the message names those that differ from the nearest
+                one), the fence is closed, the TPM was cleared or is another one, the policy index is missing or was
+                redefined. Each has words of its own.
+            StateError: the blob is damaged, or older than the policy in the TPM.
         """
-        return self._run("open a sealed key", lambda: self._unseal(blob))
+        return self._connection.run("open a sealed key", lambda: sealing.unseal(self._connection, blob))
 
-    def _run(self, doing: str, call: Callable[[], ResultT]) -> ResultT:
-        """Run a call in the thread, within the time limit; make room in the TPM and try again when there is none."""
+    # The policy of the root key. It is changed with the root key at hand, whatever the PCRs are now.
 
-        def with_room() -> ResultT:
-            try:
-                return call()
-            except TSS2_Exception as error:
-                if faults.tpm_code(error) not in faults.NO_ROOM:
-                    raise
-            self._flush_leftovers()
-            return call()
+    def allowed(self, blob: SealedBlob, root: Secret) -> PcrSets:
+        """Return the sets of PCRs that may open the root key now, by what the TPM holds.
 
-        try:
-            return self._thread.run(with_room, self._timeout_s)
-        except UnavailableError as error:
-            raise PlatformTpmError(
-                f"the platform TPM {self.tcti!r} cannot {doing}: {error.message}",
-                next_step="Check that nothing else holds it, or start it again",
-            ) from None
-        except TSS2_Exception as error:
-            raise faults.failed(self.tcti, doing, error) from error
+        Raises:
+            PlatformTpmError: the policy index is missing or was redefined.
+            StateError: the blob is older than the policy in the TPM, is damaged, or is not of this root key.
+        """
+        blob.verify(root)
+        return self._connection.run("read the policy", lambda: sealing.current_list(self._connection, blob))
 
-    # What follows runs in the thread.
+    def allow(
+        self,
+        blob: SealedBlob,
+        root: Secret,
+        more: PcrSet,
+        save: Save,
+        *,
+        zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE,
+        fence_pcr: int | None = None,
+    ) -> SealedBlob:
+        """Let one more set of PCRs open the root key.
 
-    def _connect(self) -> None:
-        try:
-            self._esapi = ESAPI(self.tcti)
-        except (TSS2_Exception, ValueError) as error:
-            if not isinstance(error, TSS2_Exception):
-                raise PlatformTpmError(f"{self.tcti!r} is no TCTI configuration") from None
-            raise faults.cannot_connect(self.tcti, error) from error
-        try:
-            self._property(_PT_MANUFACTURER)
-        except TSS2_Exception as error:
-            if faults.tpm_code(error) != faults.RC_INITIALIZE:
-                raise
-            self._esapi.startup(TPM2_SU.CLEAR)
+        Args:
+            blob: the one in use.
+            root: the root key of it.
+            more: the set; see `seal_root` for zero_pcrs and fence_pcr.
+            save: makes a blob durable in the place of `blob`. Called twice: before the TPM is written with a blob that
+                opens under the old policy and the new, and after it with the one returned.
+        Returns:
+            the blob in use from now on.
+        Raises:
+            ConflictError: label or values are allowed already, or there are root_policy.MAX_SETS.
+            PlatformTpmError: the set is all zero, or as `allowed`.
+            StateError: as `allowed`.
+        """
+        self._check_set(more, zero_pcrs, fence_pcr)
+        return self._change(blob, root, lambda sets: with_set(sets, more), save)
 
-    def _flush_leftovers(self) -> None:
-        """Flush what a client that was killed left loaded; a resource manager shows none but our own."""
-        for first in (TPM2_HC.TRANSIENT_FIRST, TPM2_HC.HMAC_SESSION_FIRST, TPM2_HC.POLICY_SESSION_FIRST):
-            _, capability = self._esapi.get_capability(TPM2_CAP.HANDLES, first, _MAX_HANDLES)
-            for handle in capability.data.handles:
-                self._esapi.flush_context(self._esapi.tr_from_tpmpublic(handle))
+    def drop(self, blob: SealedBlob, root: Secret, label: str, save: Save) -> SealedBlob:
+        """Let a set of PCRs open the root key no more; see `allow`.
 
-    def _property(self, name: int) -> int:
-        _, capability = self._esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, name, 1)
-        found = {int(item.property): int(item.value) for item in capability.data.tpmProperties}
-        return found.get(int(name), 0)
+        Raises:
+            NotFoundError: there is none of this label.
+            ConflictError: it is the last.
+        """
+        return self._change(blob, root, lambda sets: without_set(sets, label), save)
 
-    def _info(self) -> TpmInfo:
-        versions = [self._property(name) for name in _PT_FIRMWARE_VERSIONS]
-        _, capability = self._esapi.get_capability(TPM2_CAP.PCRS, 0, 1)
-        return TpmInfo(
-            manufacturer=_text(self._property(_PT_MANUFACTURER)),
-            vendor="".join(_text(self._property(name)) for name in _PT_VENDOR_STRINGS).strip(),
-            firmware=".".join(str(half) for version in versions for half in (version >> 16, version & 0xFFFF)),
-            banks=tuple(_bank_name(pcrs) for pcrs in capability.data.assignedPCR if any(bytes(pcrs.pcrSelect))),
-        )
+    def replace(
+        self,
+        blob: SealedBlob,
+        root: Secret,
+        sets: PcrSets,
+        save: Save,
+        *,
+        zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE,
+        fence_pcr: int | None = None,
+    ) -> SealedBlob:
+        """Let these sets of PCRs open the root key and no others; see `allow`."""
+        for one in sets:
+            self._check_set(one, zero_pcrs, fence_pcr)
+        return self._change(blob, root, lambda _: checked(sets), save)
 
-    def _pcr_values(self, selection: PcrSelection) -> dict[int, bytes]:
-        for _ in range(_PCR_READ_TRIES):
-            values: dict[int, bytes] = {}
-            counters = set()
-            while missing := [index for index in selection.indexes if index not in values]:
-                # One answer holds at most eight digests.
-                asked = TPML_PCR_SELECTION.parse(str(PcrSelection(selection.bank, tuple(missing[:8]))))
-                counter, _, digests = self._esapi.pcr_read(asked)
-                counters.add(counter)
-                read = dict(zip(missing, (bytes(digest) for digest in digests), strict=False))
-                if not read or any(len(value) != selection.bank.digest_bytes for value in read.values()):
-                    raise PlatformTpmError(
-                        f"the platform TPM {self.tcti!r} has no PCR {missing[0]} in the bank {selection.bank}",
-                        next_step="Enable the bank in the firmware's settings, or name another with --pcrs",
-                    )
-                values |= read
-            if len(counters) == 1:
-                return values
-        raise PlatformTpmError(f"the PCRs of the platform TPM {self.tcti!r} change all the time")
+    def extend_fence(self, blob: SealedBlob, root: Secret, index: int) -> None:
+        """Extend the fence, so that the root key opens no more until the TPM is reset.
 
-    @contextmanager
-    def _parent(self) -> Iterator[tuple[Any, bytes]]:
-        """Make the storage primary key and yield it with its Name."""
-        handle, public, *_ = self._esapi.create_primary(TPM2B_SENSITIVE_CREATE(), parent_template(), ESYS_TR.OWNER)
-        with self._flushed(handle):
-            yield handle, bytes(public.get_name())
+        Args:
+            index: a PCR from 0 to 15 that each allowed set has.
+        Raises:
+            UsageError: it can be reset while the platform runs, or an allowed set lacks it.
+            PlatformTpmError: as `allowed`.
+        """
+        fence.check_fence_pcr(index)
+        sets = self.allowed(blob, root)
+        fence.check_fence_covers(index, sets)
+        for bank in sorted({one.selection.bank for one in sets}):
+            self._connection.run(
+                "extend the fence",
+                lambda bank=bank: self._extend_fence(blob, index, bank),  # type: ignore[misc]
+            )
 
-    @contextmanager
-    def _session(self, parent: Any, kind: int, attributes: int) -> Iterator[Any]:
-        """Start a session salted to the parent, with parameter encryption."""
-        session = self._esapi.start_auth_session(parent, ESYS_TR.NONE, kind, "aes128cfb", TPM2_ALG.SHA256)
-        with self._flushed(session):
-            self._esapi.trsess_set_attributes(session, TPMA_SESSION.CONTINUESESSION | attributes)
-            yield session
+    # The anchor.
 
-    @contextmanager
-    def _flushed(self, handle: Any) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(TSS2_Exception):  # the TPM is gone; a cause that raised already says more
-                self._esapi.flush_context(handle)
+    def open_anchor(self, blob: SealedBlob, root: Secret) -> AnchorIndex:
+        """Open the anchor index, for as long as this connection; one at a time.
+
+        Raises:
+            PlatformTpmError: it is missing or was redefined, or the TPM is another.
+            StateError: the blob is damaged, or is not of this root key.
+        """
+        blob.verify(root)
+        authority = WriteAuthority(root)
+        index = anchor_index(blob.anchor_index.handle, authority)
+        return AnchorIndex(self._connection, index, authority, blob.srk_name)
+
+    def _check_set(self, one: PcrSet, zero_pcrs: ZeroPcrs, fence_pcr: int | None) -> None:
+        refuse_zeros(one, zero_pcrs, fence_pcr)
+        if fence_pcr is not None:
+            fence.check_fence_covers(fence.check_fence_pcr(fence_pcr), (one,))
+
+    def _change(self, blob: SealedBlob, root: Secret, change: Callable[[PcrSets], PcrSets], save: Save) -> SealedBlob:
+        connection = self._connection
+        before = self.allowed(blob, root)
+        after = change(before)
+        if after != before:
+            save(blob.with_lists(root, before, after))
+            connection.run("write the policy", lambda: sealing.write_list(connection, blob, root, after))
+        settled = blob.with_lists(root, after)
+        save(settled)
+        return settled
+
+    # What follows runs in the connection's thread.
+
+    def _extend_fence(self, blob: SealedBlob, index: int, bank: PcrBank) -> None:
+        pcr_access.extend_pcr(self._connection, index, bank, fence.fence_digest(bank), blob.srk_name)
 
     def _random(self, size_bytes: int) -> bytes:
         found = b""
-        with self._parent() as (parent, _), self._session(parent, TPM2_SE.HMAC, TPMA_SESSION.ENCRYPT) as session:
+        with (
+            self._connection.storage_primary() as (srk, _),
+            self._connection.session(srk, TPM2_SE.HMAC, TPMA_SESSION.ENCRYPT) as session,
+        ):
             while len(found) < size_bytes:
-                found += bytes(self._esapi.get_random(size_bytes - len(found), session1=session))
+                found += bytes(self._connection.esapi.get_random(size_bytes - len(found), session1=session))
         return found
 
-    def _seal(self, secret: bytes, selection: PcrSelection, zero_pcrs: ZeroPcrs) -> SealedBlob:
-        values = self._pcr_values(selection)
-        if zero_pcrs is ZeroPcrs.REFUSE and len(all_zero(values)) == len(values):
-            raise PlatformTpmError(
-                f"the PCRs {selection} of the platform TPM {self.tcti!r} are all zero: nothing measured this boot",
-                next_step="Name PCRs that the firmware extends with --pcrs",
-            )
-        template = sealed_template(pcr_policy_digest(selection, values))
-        sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(data=TPM2B_SENSITIVE_DATA(secret)))
-        both_ways = TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT
-        with self._parent() as (parent, name), self._session(parent, TPM2_SE.HMAC, both_ways) as session:
-            private, public, *_ = self._esapi.create(
-                parent, sensitive, template, TPM2B_DATA(), TPML_PCR_SELECTION(), session1=session
-            )
-        return SealedBlob(
-            parent_name=name,
-            selection=selection,
-            pcr_values=tuple(values[index] for index in selection.indexes),
-            public=public.publicArea.marshal(),
-            private=bytes(private),
-        )
-
-    def _unseal(self, blob: SealedBlob) -> bytes:
-        public = read_sealed_public(blob)
-        with self._parent() as (parent, name):
-            # Before anything is salted to it: what answers may be another TPM, or stand between.
-            if name != blob.parent_name:
-                raise PlatformTpmError(
-                    f"the platform TPM {self.tcti!r} is not the one that the root key was sealed by, or was cleared",
-                    next_step="Connect the TPM that sealed it; a cleared TPM cannot open it any more",
-                )
-            with self._session(parent, TPM2_SE.HMAC, TPMA_SESSION.DECRYPT) as session:
-                try:
-                    handle = self._esapi.load(parent, TPM2B_PRIVATE(blob.private), public, session1=session)
-                except TSS2_Exception as error:
-                    if faults.tpm_code(error) in faults.NO_ROOM | {faults.RC_FAILURE, faults.RC_LOCKOUT, None}:
-                        raise
-                    raise StateError(
-                        f"the sealed key is damaged: the TPM refuses it ({error})",
-                        next_step="Put back the root file from a backup",
-                    ) from error
-            with self._flushed(handle):
-                return self._open(parent, handle, blob)
-
-    def _open(self, parent: Any, handle: Any, blob: SealedBlob) -> bytes:
-        for _ in range(_PCR_READ_TRIES):
-            with self._session(parent, TPM2_SE.POLICY, TPMA_SESSION.ENCRYPT) as session:
-                try:
-                    apply_pcr_policy(self._esapi, session, blob.selection)
-                    return bytes(self._esapi.unseal(handle, session1=session))
-                except TSS2_Exception as error:
-                    code = faults.tpm_code(error)
-                    if code == faults.RC_POLICY_FAIL:
-                        raise self._pcrs_differ(blob) from error
-                    if code != faults.RC_PCR_CHANGED:
-                        raise
-        raise PlatformTpmError(f"the PCRs of the platform TPM {self.tcti!r} change all the time")
-
-    def _pcrs_differ(self, blob: SealedBlob) -> PlatformTpmError:
-        now = self._pcr_values(blob.selection)
-        sealed = zip(blob.selection.indexes, blob.pcr_values, strict=True)
-        changed = ", ".join(str(index) for index, value in sealed if now[index] != value) or "unknown, changed back"
-        return PlatformTpmError(
-            f"the root key does not open: since it was sealed, PCRs changed in bank {blob.selection.bank}: {changed}",
-            next_step="Boot what was booted when it was sealed",
+    def _info(self) -> TpmInfo:
+        read = self._connection.property
+        versions = [read(name) for name in _PT_FIRMWARE_VERSIONS]
+        _, capability = self._connection.esapi.get_capability(TPM2_CAP.PCRS, 0, 1)
+        return TpmInfo(
+            manufacturer=_text(read(PT_MANUFACTURER)),
+            vendor="".join(_text(read(name)) for name in _PT_VENDOR_STRINGS).strip(),
+            firmware=".".join(str(half) for version in versions for half in (version >> 16, version & 0xFFFF)),
+            banks=tuple(_bank_name(pcrs) for pcrs in capability.data.assignedPCR if any(bytes(pcrs.pcrSelect))),
         )
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,14 @@ _stand_in("cryptography.hazmat.primitives.ciphers")
 _stand_in("cryptography.hazmat.primitives.ciphers.aead", AESGCM=object, AESGCMSIV=object)
 _stand_in("cryptography.hazmat.primitives.kdf")
 _stand_in("cryptography.hazmat.primitives.kdf.hkdf", HKDF=_Derive, HKDFExpand=_Derive)
-_stand_in("vtpm.platform_tpm.platform_tpm", PlatformTpm=object, ZeroPcrs=object)
+_stand_in("vtpm.platform_tpm.platform_tpm", PlatformTpm=object)
 
 from vtpm.embedded_tpm import store as embedded  # noqa: E402
 from vtpm.keeper import root_key  # noqa: E402
 from vtpm.platform_tpm.pcrs import PcrSelection  # noqa: E402
-from vtpm.platform_tpm.sealed_blob import SealedBlob  # noqa: E402
+from vtpm.platform_tpm.root_policy import PcrSet  # noqa: E402
+from vtpm.platform_tpm.sealed_blob import IndexRef, SealedBlob  # noqa: E402
+from vtpm.secret import Secret  # noqa: E402
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId  # noqa: E402
 from vtpm.vault import sqlite_file  # noqa: E402
 from vtpm.vault.committer import Committer  # noqa: E402
@@ -100,6 +103,14 @@ def mutate(variant: str) -> None:
         sqlite_file.SYNCHRONOUS = what
 
 
+@dataclass(frozen=True)
+class Opened:
+    """As OpenedRoot."""
+
+    root: Secret
+    opened_by: PcrSet
+
+
 class PlainTpm:
     """Seals by writing down; see _stand_in."""
 
@@ -108,11 +119,23 @@ class PlainTpm:
     def random(self, size: int) -> bytes:
         return os.urandom(size)
 
-    def seal(self, data: bytes, selection: PcrSelection, *, zero_pcrs: object) -> SealedBlob:
-        return SealedBlob(b"\0\x0b" + bytes(32), selection, (bytes(32),) * len(selection.indexes), b"public", data)
+    def pcr_set(self, label: str, selection: PcrSelection) -> PcrSet:
+        return PcrSet(label, selection, (bytes(32),) * len(selection.indexes))
 
-    def unseal(self, sealed: SealedBlob) -> bytes:
-        return sealed.private
+    def seal_root(
+        self, root: Secret, first: PcrSet, save: Callable[[SealedBlob], None], *, zero_pcrs: object
+    ) -> SealedBlob:
+        name = b"\0\x0b" + bytes(32)
+        index = IndexRef(0x01815650, name)
+        blob = SealedBlob(name, name, index, index, ((first,),), b"public", root.reveal()).signed(root)
+        save(blob)
+        return blob
+
+    def unseal_root(self, sealed: SealedBlob) -> Opened:
+        return Opened(Secret(sealed.private), sealed.lists[0][0])
+
+    def discard(self, sealed: SealedBlob) -> None:
+        pass
 
 
 def write(folder: Path, rounds: int, mark: Mark) -> None:

@@ -12,8 +12,10 @@ from tests.support.processes import KeeperProcess
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.keeper.root_key import open_root_key
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
-from vtpm.platform_tpm.platform_tpm import PlatformTpm, ZeroPcrs
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
+from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.secret import Secret
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -24,8 +26,8 @@ def test_no_secret_is_on_the_bus_when_sealed_and_opened(directory: Path, swtpm: 
     secret = bytes(range(60, 92))
     with RecordingProxy(directory / "bus", swtpm.socket_path) as proxy:
         with PlatformTpm(proxy.tcti) as tpm:
-            blob = tpm.seal(secret, DEFAULT_PCRS)
-            assert tpm.unseal(blob) == secret
+            blob = tpm.seal_root(Secret(secret), tpm.pcr_set("set-up", DEFAULT_PCRS), lambda _: None)
+            assert tpm.unseal_root(blob).root.reveal() == secret
             randomness = tpm.random(32)
         recorded = bytes(proxy.recorded)
     # The eavesdropper does hear the rest.

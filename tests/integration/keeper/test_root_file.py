@@ -19,7 +19,8 @@ from tests.support.swtpm import SwtpmPlatform
 from vtpm.errors import PlatformTpmError, StateError
 from vtpm.keeper.root_key import ROOT_FILE, open_root_key
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
-from vtpm.platform_tpm.platform_tpm import PlatformTpm, ZeroPcrs
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
+from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import SealedBlob
 from vtpm.tpm.types import VtpmId
 
@@ -70,12 +71,22 @@ def damaged_files(good: bytes) -> list[bytes]:
     fields = json.loads(good)
     damaged = []
     for name, value in fields.items():
-        values: list[object] = [None, "", 7, [], value * 2 if name != "version" else 2]
+        doubled = value * 2 if not isinstance(value, dict) else value | {"handle": value["handle"] * 2}
+        values: list[object] = [None, "", 7, [], {}, doubled if name != "version" else 3]
         if isinstance(value, str):
             values += [value[:-1], value[:-2], value.upper() + "A"]
             values += [value[:at] + ("1" if value[at] != "1" else "2") + value[at + 1 :] for at in range(len(value))]
-        if name == "pcr_values":
-            values += [value[:-1], ["1" + value[0][1:], *value[1:]], [value[0], value[1], value[2], "ff" * 32]]
+        if isinstance(value, dict):
+            values += [value | {"handle": other} for other in (0, value["handle"] ^ 1, "", 0x01000000)]
+            values += [value | {"name": other} for other in ("", 7, value["name"][:-2], "00" + value["name"][2:])]
+            values += [value | {"more": 1}, {"handle": value["handle"]}]
+        if name == "lists":
+            [[one]] = value
+            pcrs = one["values"]
+            values += [[[]], [[one, one]], [[one], [one], [one]], [[one] * 9], [one], [[[one]]]]
+            values += [[[one | {"values": other}]] for other in (pcrs[:-1], [*pcrs[:3], "ff" * 32], [], 7, [7] * 4)]
+            values += [[[one | {"pcrs": other}]] for other in ("sha256:0,2,4,8", "sha1:0,2,4,7", "", 7)]
+            values += [[[one | {"label": other}]] for other in ("", "\n", "x" * 65, 7)] + [[[one | {"more": 1}]]]
         for other in values:
             changed = json.dumps(fields | {name: other}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
             damaged.append(changed)
