@@ -40,6 +40,6 @@ def tpm(kind: type[Tpm], directory: Path) -> Iterator[Tpm]:
 
 @pytest.fixture
 def platform(tpm: Tpm) -> Iterator[PlatformTpm]:
-    """A connection; the TPM takes one at a time."""
+    """A connection to it."""
     with PlatformTpm(tpm.tcti) as connected:
         yield connected

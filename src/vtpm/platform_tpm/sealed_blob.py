@@ -11,14 +11,14 @@ The form is canonical JSON (keys sorted, no spaces, ASCII) and one newline:
     lists         1 or 2 lists of 1 to 8 sets {"label": text, "pcrs": `sha256:0,2,4,7`, "values": list of hex}
     public        hex; TPMT_PUBLIC of the sealed object
     private       hex; TPM2B_PRIVATE's buffer, encrypted and authenticated by the TPM over the object's Name
-    mac           hex; HMAC-SHA256 of this form without mac, under HKDF-Expand of the root key, info `vtpm root file mac`
+    mac           hex; HMAC-SHA256 of this form without mac; key: HKDF-Expand of the root key, `vtpm root file mac`
 
 Of two lists the second is on its way into the policy index: the file is written with both, then the index, then the
 file with the new one alone. So the file has the list that the index holds, whenever the power goes.
 
 Nothing in it is secret and nothing in it is trusted. The reader takes the canonical form only. Before the key is open
-the TPM binds what matters: policy_index by the policy in `public`, `public` to `private`, the lists by the digest in the
-index, `srk_name` by its own key. Once it is open, `mac` binds the whole: the anchor's index, and also the labels, by
+the TPM binds what matters: policy_index by the policy in `public`, `public` to `private`, the lists by the digest in
+the index, `srk_name` by its own key. Once it is open, `mac` binds the whole: also the anchor's index, and the labels by
 which people drop sets.
 """
 

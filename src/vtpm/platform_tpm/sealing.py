@@ -137,8 +137,8 @@ def _held_list(connection: Connection, blob: SealedBlob, session: Any) -> PcrSet
     sets = blob.list_of(nv_index.read(connection, index, ref, _TITLE, APPROVED_BYTES, session))
     if sets is None:
         raise StateError(
-            f"the {_TITLE} of the platform TPM {connection.tcti!r} holds a policy that the root file does not list: the "
-            "file is older than the last change of the policy",
+            f"the {_TITLE} of the platform TPM {connection.tcti!r} holds a policy that the root file does not list: "
+            "the file is older than the last change of the policy",
             next_step="Put back the newest root file, or run `vtpm recover` with the recovery key",
         )
     return sets

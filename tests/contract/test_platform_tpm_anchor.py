@@ -1,0 +1,194 @@
+"""What every platform TPM must do for the anchor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tpm2_pytss import ESAPI
+
+from tests.contract.conftest import Tpm
+from tests.support.swtpm import SwtpmPlatform
+from vtpm.errors import ConflictError, PlatformTpmError, StateError, UsageError
+from vtpm.platform_tpm.anchor import FIRST_ANCHOR, MAX_VERSION, Anchor, AnchorIndex
+from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
+from vtpm.platform_tpm.root_policy import ZeroPcrs
+from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.secret import Secret
+
+pytestmark = pytest.mark.timeout(60)
+
+ROOT = Secret(bytes(range(100, 132)))
+DIGEST = bytes(range(32))
+
+
+@pytest.fixture
+def blob(platform: PlatformTpm) -> SealedBlob:
+    first = platform.pcr_set("set-up", DEFAULT_PCRS)
+    return platform.seal_root(ROOT, first, lambda _: None, zero_pcrs=ZeroPcrs.ALLOW)
+
+
+@pytest.fixture
+def anchor(platform: PlatformTpm, blob: SealedBlob) -> Iterator[AnchorIndex]:
+    with platform.open_anchor(blob, ROOT) as opened:
+        yield opened
+
+
+def test_anchor_is_what_was_written_when_read(platform: PlatformTpm, blob: SealedBlob, anchor: AnchorIndex) -> None:
+    assert anchor.read() == FIRST_ANCHOR
+    for version in (1, 2, 7, MAX_VERSION):
+        anchor.write(Anchor(version, DIGEST))
+        assert anchor.read() == Anchor(version, DIGEST)
+    anchor.close()
+    with platform.open_anchor(blob, ROOT) as again:
+        assert again.read() == Anchor(MAX_VERSION, DIGEST)
+
+
+def test_write_is_refused_when_the_version_is_not_above(anchor: AnchorIndex) -> None:
+    anchor.write(Anchor(5, DIGEST))
+    for version in (0, 4, 5):
+        with pytest.raises(ConflictError, match="has version 5"):
+            anchor.write(Anchor(version, bytes(32)))
+    assert anchor.read() == Anchor(5, DIGEST)
+    anchor.write(Anchor(6, DIGEST))
+
+
+@pytest.mark.parametrize(("version", "size"), [(-1, 32), (MAX_VERSION + 1, 32), (1, 31), (1, 33), (1, 0)])
+def test_anchor_is_refused_when_it_has_another_form(version: int, size: int) -> None:
+    with pytest.raises(UsageError):
+        Anchor(version, bytes(size))
+
+
+def test_last_write_is_there_when_the_tpm_was_killed(tpm: Tpm, anchor: AnchorIndex) -> None:
+    anchor.write(Anchor(1, DIGEST))
+    assert not anchor.reset_seen
+    tpm.stop()
+    tpm.start()
+    anchor.write(Anchor(2, DIGEST))
+    assert anchor.reset_seen
+    assert anchor.read() == Anchor(2, DIGEST)
+
+
+def test_read_comes_back_when_the_tpm_was_killed(tpm: Tpm, anchor: AnchorIndex) -> None:
+    anchor.write(Anchor(1, DIGEST))
+    tpm.stop()
+    tpm.start()
+    assert anchor.read() == Anchor(1, DIGEST)
+    assert anchor.reset_seen
+
+
+def test_write_fails_and_goes_on_later_when_the_tpm_is_away(tpm: Tpm, anchor: AnchorIndex) -> None:
+    tpm.stop()
+    for _ in range(2):
+        with pytest.raises(PlatformTpmError):
+            anchor.write(Anchor(1, DIGEST))
+    tpm.start()
+    anchor.write(Anchor(1, DIGEST))
+    assert anchor.read() == Anchor(1, DIGEST)
+
+
+def test_write_counts_once_when_its_answer_was_lost(
+    tpm: Tpm, anchor: AnchorIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ESAPI.nv_write
+    written: list[Any] = []
+
+    def answer_lost(self: ESAPI, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        written.append(args)
+        if len(written) == 1:
+            tpm.stop()
+            tpm.start()
+            real(self, *args, **kwargs)  # finds the connection cut
+
+    monkeypatch.setattr(ESAPI, "nv_write", answer_lost)
+    anchor.write(Anchor(1, DIGEST))
+    assert len(written) == 1
+    assert anchor.read() == Anchor(1, DIGEST)
+
+
+def test_write_goes_on_when_another_client_flushed_what_was_loaded(platform: PlatformTpm, anchor: AnchorIndex) -> None:
+    anchor.write(Anchor(1, DIGEST))
+    # What a client without a resource manager does that finds the TPM full.
+    platform._connection.run("flush", platform._connection._flush_leftovers)
+    platform._connection.generation -= 1  # somebody else did it: this connection does not know
+    anchor.write(Anchor(2, DIGEST))
+    platform._connection.run("flush", platform._connection._flush_leftovers)
+    anchor.write(Anchor(3, DIGEST))
+    assert anchor.read() == Anchor(3, DIGEST)
+    assert not anchor.reset_seen
+
+
+def test_root_and_policy_are_served_when_the_anchor_is_open(
+    platform: PlatformTpm, blob: SealedBlob, anchor: AnchorIndex
+) -> None:
+    anchor.write(Anchor(1, DIGEST))
+    more = platform.pcr_set("more", DEFAULT_PCRS)
+    assert platform.unseal_root(blob).root == ROOT
+    changed = platform.replace(blob, ROOT, (more,), lambda _: None, zero_pcrs=ZeroPcrs.ALLOW)
+    assert platform.unseal_root(changed).opened_by == more
+    assert len(platform.random(100)) == 100
+    anchor.write(Anchor(2, DIGEST))
+    assert anchor.read() == Anchor(2, DIGEST)
+
+
+def test_write_takes_two_commands_when_nothing_was_lost(anchor: AnchorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+
+    def count(name: str) -> None:
+        real = getattr(ESAPI, name)
+
+        def counted(self: ESAPI, *args: Any, **kwargs: Any) -> Any:
+            sent.append(name)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(ESAPI, name, counted)
+
+    for name in ("policy_signed", "nv_write", "nv_read", "create_primary", "start_auth_session", "load_external"):
+        count(name)
+    for version in range(1, 4):
+        anchor.write(Anchor(version, DIGEST))
+    assert sent == ["policy_signed", "nv_write"] * 3
+
+
+def test_anchor_is_refused_when_the_root_key_is_another(platform: PlatformTpm, blob: SealedBlob) -> None:
+    with pytest.raises(StateError, match="not of this root key"):
+        platform.open_anchor(blob, Secret(bytes(32)))
+
+
+def test_write_is_refused_when_closed(anchor: AnchorIndex) -> None:
+    anchor.close()
+    with pytest.raises(StateError):
+        anchor.write(Anchor(1, DIGEST))
+
+
+def test_error_comes_in_time_when_the_tpm_hangs_in_a_write(tpm: Tpm, blob: SealedBlob, platform: PlatformTpm) -> None:
+    platform.close()
+    pid = tpm.pid if isinstance(tpm, SwtpmPlatform) else tpm.process.pid  # type: ignore[union-attr]
+    with PlatformTpm(tpm.tcti, timeout_s=1.0) as impatient:
+        anchor = impatient.open_anchor(blob, ROOT)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(PlatformTpmError, match="no answer within 1 s"):
+            anchor.write(Anchor(1, DIGEST))
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_indexes_are_closed_to_owner_and_empty_password_when_written_to(
+    tpm: Tpm, platform: PlatformTpm, blob: SealedBlob
+) -> None:
+    platform.close()
+    for index in (blob.policy_index, blob.anchor_index):
+        for authority in ("o", "p", f"0x{index.handle:x}"):
+            done = subprocess.run(
+                ["tpm2_nvwrite", "-T", tpm.tcti, "-C", authority, f"0x{index.handle:x}", "-i", "-"],
+                input=bytes(34),
+                timeout=10,
+                capture_output=True,
+            )
+            assert done.returncode != 0
+            assert b"authoriz" in done.stderr or b"auth" in done.stderr
