@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tpm2_pytss import ESAPI
+from tpm2_pytss import ESAPI, TPM2_ALG, TPM2_SU, TPM2B_NV_PUBLIC, TPMA_NV, TPMS_NV_PUBLIC
 
 from tests.contract.conftest import Tpm
 from tests.support.swtpm import SwtpmPlatform
@@ -192,3 +192,23 @@ def test_indexes_are_closed_to_owner_and_empty_password_when_written_to(
             )
             assert done.returncode != 0
             assert b"authoriz" in done.stderr or b"auth" in done.stderr
+
+
+@pytest.mark.parametrize(("ending", "kept"), [(None, False), (TPM2_SU.CLEAR, False), (TPM2_SU.STATE, True)])
+def test_orderly_index_is_no_anchor_when_the_tpm_is_reset(
+    tpm: Tpm, platform: PlatformTpm, blob: SealedBlob, ending: int | None, kept: bool
+) -> None:
+    # Decision record 17 rests on this: with TPMA_NV_ORDERLY a reset leaves an index that was never written.
+    platform.close()
+    attributes = TPMA_NV.AUTHWRITE | TPMA_NV.AUTHREAD | TPMA_NV.NO_DA | TPMA_NV.ORDERLY
+    area = TPMS_NV_PUBLIC(nvIndex=0x01800001, nameAlg=TPM2_ALG.SHA256, attributes=attributes, dataSize=40)
+    with ESAPI(tpm.tcti) as esapi:
+        index = esapi.nv_define_space(b"", TPM2B_NV_PUBLIC(area))
+        esapi.nv_write(index, Anchor(1, DIGEST).to_bytes())
+        if ending is not None:
+            esapi.shutdown(ending)
+    tpm.stop()
+    tpm.start()
+    with ESAPI(tpm.tcti) as esapi:
+        public, _ = esapi.nv_read_public(esapi.tr_from_tpmpublic(0x01800001))
+        assert bool(public.nvPublic.attributes & TPMA_NV.WRITTEN) == kept

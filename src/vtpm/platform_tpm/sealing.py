@@ -200,18 +200,21 @@ def _open(connection: Connection, srk: Any, handle: Any, blob: SealedBlob) -> Op
 def _matching(connection: Connection, sets: PcrSets) -> PcrSet:
     """Return the set that the PCRs are now, or raise with the PCRs that differ from the nearest one."""
     differing = {}
+    fenced = []
     for one in sets:
         now = read_pcrs(connection, one.selection)
         changed = one.differing(now)
         if not changed:
             return one
-        if is_fenced(one, now):
-            raise PlatformTpmError(
-                f"the root key does not open: it was opened already since the platform started, and then the fence in "
-                f"PCR {changed[0]} was closed",
-                next_step="Reboot the host",
-            )
         differing[one] = changed
+        if is_fenced(one, now):
+            fenced += changed
+    if fenced:
+        raise PlatformTpmError(
+            "the root key does not open: it was opened already since the platform started, and then the fence in "
+            f"PCR {fenced[0]} was closed",
+            next_step="Reboot the host",
+        )
     nearest = min(differing, key=lambda one: len(differing[one]))
     raise PlatformTpmError(
         f"the root key does not open: PCRs changed in bank {nearest.selection.bank}: "
