@@ -50,6 +50,15 @@ class Rc20(enum.IntEnum):
     TPM_RC_RETRY = 0x922
 
 
+def is_auth_fail_20(code: int) -> bool:
+    """Whether a response code is TPM_RC_AUTH_FAIL, of whichever session: a failure that counts against a dictionary.
+
+    Spec: TPM 2.0 Part 2, "Response Code Formats": in format 1, bits 6 and 8 to 11 say what the error is about.
+    """
+    return code & ~0xF40 == _RC_AUTH_FAIL
+
+
+_RC_AUTH_FAIL = 0x08E
 _NAMES_12 = {int(code): code.name for code in Rc12}
 _NAMES_20 = {int(code): code.name for code in Rc20}
 

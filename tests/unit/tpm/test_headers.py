@@ -16,7 +16,7 @@ from vtpm.tpm.headers import (
     ResponseHeader,
     failure_response,
 )
-from vtpm.tpm.return_codes import Rc12, Rc20, describe_12, describe_20
+from vtpm.tpm.return_codes import Rc12, Rc20, describe_12, describe_20, is_auth_fail_20
 from vtpm.tpm.types import TpmVersion
 
 U16 = st.integers(0, 0xFFFF)
@@ -84,3 +84,13 @@ def test_description_has_name_and_number_when_code_is_known() -> None:
     assert describe_12(Rc12.TPM_RETRY) == "0x800 (TPM_RETRY)"
     assert describe_20(Rc20.TPM_RC_CANCELED) == "0x909 (TPM_RC_CANCELED)"
     assert describe_20(0x777) == describe_12(0x777) == "0x777"
+
+
+@pytest.mark.parametrize("code", [0x98E, 0xA8E, 0xF8E, 0x08E, 0x1CE])
+def test_authorisation_failure_is_told_when_it_is_about_any_session(code: int) -> None:
+    assert is_auth_fail_20(code)
+
+
+@pytest.mark.parametrize("code", [0, 0x9A2, 0x921, 0x922, 0x00E, 0x90E, 0x98F, 0x1098E, 0x8000098E])
+def test_other_codes_are_no_authorisation_failure_when_they_are_alike(code: int) -> None:
+    assert not is_auth_fail_20(code)
