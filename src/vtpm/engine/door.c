@@ -120,6 +120,9 @@ static uint32_t vtpm_process(const char *command, uint32_t size, uint32_t locali
 #define VTPM_FAILED 3
 #define VTPM_HEADER_BYTES 10
 
+/* TPM_RC_LOCKOUT; of TPM 2.0 alone, no TPM 1.2 answers so. */
+static const unsigned char vtpm_rc_lockout[4] = {0x00, 0x00, 0x09, 0x21};
+
 struct vtpm_turn {
     uint32_t event;
     uint32_t error;                /* errno of VTPM_INPUT, or the result of libtpms of VTPM_FAILED */
@@ -141,6 +144,7 @@ static bool vtpm_is_whole_command(const unsigned char *data, uint32_t size)
 static void vtpm_serve(int link, int wake, struct vtpm_response *response, struct vtpm_turn *turn)
 {
     struct pollfd wanted[] = {{.fd = wake, .events = POLLIN}, {.fd = link, .events = POLLIN}};
+    bool seen_by_python;
     uint32_t result;
     ssize_t size;
 
@@ -176,7 +180,9 @@ static void vtpm_serve(int link, int wake, struct vtpm_response *response, struc
             return;
         }
         memcpy(turn->last_result, response->data + 6, sizeof(turn->last_result));
-        size = vtpm_state_changed ? 0 : send(link, response->data, response->size, MSG_DONTWAIT | MSG_NOSIGNAL);
+        /* A locked TPM is looked at before its client hears that it is one. */
+        seen_by_python = vtpm_state_changed || !memcmp(turn->last_result, vtpm_rc_lockout, sizeof(vtpm_rc_lockout));
+        size = seen_by_python ? 0 : send(link, response->data, response->size, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (size != (ssize_t)response->size) {
             turn->event = VTPM_RESPONSE;
             turn->sent = size < 0 ? 0 : (uint32_t)size;

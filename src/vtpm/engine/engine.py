@@ -60,7 +60,7 @@ class ServeEnd(enum.Enum):
     INPUT = "input"
     """What came is not one whole plain command: the end of the stream, a part, several, another form."""
     RESPONSE = "response"
-    """A command changed state, or the peer did not take the whole response."""
+    """A command changed state or was answered TPM_RC_LOCKOUT, or the peer did not take the whole response."""
 
 
 class Served(NamedTuple):
@@ -239,7 +239,8 @@ class Engine:
         """Answer plain commands from a stream socket, until something comes that is not just that.
 
         Runs without Python's lock and without a step through Python: one poll, one recv, one send a command. A
-        command that changes state is not answered here: its response is returned, so that the caller sees to it.
+        command that changes state, or finds the TPM locked, is not answered here: its response is returned, so that
+        the caller sees to it.
 
         Args:
             link_fd: connected stream socket; between two commands. Never waited for but for its next command.

@@ -111,6 +111,40 @@ def flush(handle: int) -> bytes:
     return _command(0x8001, 0x165, struct.pack(">I", handle))
 
 
+# Dictionary-attack protection. What is DA-protected here has neither noDA nor, but for its own, any authorisation.
+
+_LOCKOUT = 0x4000000A
+
+
+def _password(value: bytes) -> bytes:
+    """The authorisation area of one password session."""
+    area = struct.pack(">IHB", 0x40000009, 0, 0) + _sized(value)
+    return struct.pack(">I", len(area)) + area
+
+
+def da_define(index: int, password: bytes, size: int = 8) -> bytes:
+    """Define an NV index that its password alone opens, and that counts wrong ones."""
+    public = struct.pack(">IHIHH", index, 0x000B, 0x00040004, 0, size)
+    return _command(0x8002, 0x12A, struct.pack(">I", OWNER) + _EMPTY_PASSWORD + _sized(password) + _sized(public))
+
+
+def da_write(index: int, password: bytes, data: bytes) -> bytes:
+    return _command(0x8002, 0x137, struct.pack(">II", index, index) + _password(password) + _sized(data) + b"\0\0")
+
+
+def da_read(index: int, password: bytes, size: int = 8) -> bytes:
+    return _command(0x8002, 0x14E, struct.pack(">II", index, index) + _password(password) + struct.pack(">HH", size, 0))
+
+
+def da_lock_reset(password: bytes = b"") -> bytes:
+    return _command(0x8002, 0x139, struct.pack(">I", _LOCKOUT) + _password(password))
+
+
+def da_parameters(max_tries: int, interval_s: int, recovery_s: int) -> bytes:
+    numbers = struct.pack(">III", max_tries, interval_s, recovery_s)
+    return _command(0x8002, 0x13A, struct.pack(">I", _LOCKOUT) + _password(b"") + numbers)
+
+
 # TPM 1.2
 
 STARTUP_CLEAR_12 = 1

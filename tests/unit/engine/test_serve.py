@@ -16,7 +16,8 @@ from tests.unit.engine.isolated import in_process
 from tests.unit.engine.memory import powered
 from vtpm.engine.engine import Engine, ServeEnd
 from vtpm.errors import EngineError, UsageError
-from vtpm.tpm.return_codes import Rc20
+from vtpm.tpm.lockout import GET_LOCKOUT, parse_lockout
+from vtpm.tpm.return_codes import Rc20, is_auth_fail_20
 from vtpm.tpm.types import Locality, TpmVersion
 
 LIMIT_S = 10.0
@@ -121,6 +122,29 @@ def _hands_back_stored(state: State) -> None:
 
 def test_response_is_handed_back_unsent_when_the_command_changed_state(new_20: State) -> None:
     in_process(_hands_back_stored, new_20)
+
+
+def _hands_back_lockout(state: State) -> None:
+    engine = _started(state)
+    password = b"right"
+    assert c.code_of(engine.process(c.da_define(NV_INDEX, password))) == 0
+    # The first use in a boot is noted in NV, and the command to be sent again.
+    assert c.code_of(engine.process(c.da_write(NV_INDEX, password, bytes(8)))) == Rc20.TPM_RC_RETRY
+    while not parse_lockout(engine.process(GET_LOCKOUT)).locked:
+        assert is_auth_fail_20(c.code_of(engine.process(c.da_read(NV_INDEX, b"wrong"))))
+    with _link() as link:
+        link.client.sendall(c.da_read(NV_INDEX, password))
+        served = engine.serve(link.ours.fileno(), link.wake)
+        assert served.end is ServeEnd.RESPONSE
+        assert c.code_of(served.data) == Rc20.TPM_RC_LOCKOUT
+        assert served.last == (bytes.fromhex("0000014e"), bytes.fromhex("00000921"))
+        link.client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            link.client.recv(1)
+
+
+def test_response_is_handed_back_unsent_when_the_tpm_is_locked(new_20: State) -> None:
+    in_process(_hands_back_lockout, new_20)
 
 
 def _takes_locality(state: State) -> None:
