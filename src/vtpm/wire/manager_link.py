@@ -27,6 +27,8 @@ DIGEST_BYTES = 32
 MAX_CODE_BYTES = 32
 MAX_TEXT_BYTES = 512
 NO_PERMIT = bytes(PERMIT_BYTES)
+MAX_UNIX_TIME_S = 253_402_300_799
+"""The end of the year 9999: what a date can hold."""
 
 
 class Direction(enum.Enum):
@@ -145,6 +147,11 @@ class SaveError:
 
 
 @dataclass(frozen=True)
+class AskLockout:
+    """Manager: look again whether the TPM is locked; answered by LockoutChanged, changed or not."""
+
+
+@dataclass(frozen=True)
 class Ready:
     """Instance: answers Hello. `last_seq` is the highest sequence number it has used."""
 
@@ -216,8 +223,22 @@ class Note:
     message: str
 
 
-ToInstance = Hello | PowerOn | Shutdown | StateChunk | StateEnd | Permit | LoadError | Saved | SaveError
-ToManager = Ready | Load | SaveBegin | SaveChunk | PowerChanged | ClientChanged | Done | Note
+@dataclass(frozen=True)
+class LockoutChanged:
+    """Instance: whether the TPM is in dictionary-attack lockout, and its numbers; see vtpm.tpm.lockout.
+
+    `since` is the unix time, in seconds, at which the instance first saw it locked; 0 when it is not.
+    """
+
+    locked: bool
+    failed_tries: int
+    max_tries: int
+    interval_s: int
+    since: int
+
+
+ToInstance = Hello | PowerOn | Shutdown | StateChunk | StateEnd | Permit | LoadError | Saved | SaveError | AskLockout
+ToManager = Ready | Load | SaveBegin | SaveChunk | PowerChanged | ClientChanged | Done | Note | LockoutChanged
 Message = ToInstance | ToManager
 
 
@@ -310,6 +331,8 @@ _RETRY = _enum("B", {retry: int(retry) for retry in Retry})
 _MODE = _enum("B", {mode: int(mode) for mode in ShutdownMode})
 _SIZE = _number("I", most=MAX_STATE_BYTES)
 _U32 = _number("I")
+_BOOL = _enum("B", {False: 0, True: 1})
+_UNIX_TIME = _number("Q", most=MAX_UNIX_TIME_S)
 _CODE = _text(MAX_CODE_BYTES)
 _TEXT = _text(MAX_TEXT_BYTES)
 _DATA = _rest(MAX_CHUNK_BYTES, least=1)
@@ -328,6 +351,7 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
     LoadError: (0x07, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
     Saved: (0x08, Direction.TO_INSTANCE, {}),
     SaveError: (0x09, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
+    AskLockout: (0x0A, Direction.TO_INSTANCE, {}),
     Ready: (
         0x81,
         Direction.TO_MANAGER,
@@ -351,6 +375,11 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
     ClientChanged: (0x86, Direction.TO_MANAGER, {"client": _CLIENT, "pid": _U32, "uid": _U32}),
     Done: (0x87, Direction.TO_MANAGER, {"code": _CODE, "message": _TEXT}),
     Note: (0x88, Direction.TO_MANAGER, {"message": _TEXT}),
+    LockoutChanged: (
+        0x89,
+        Direction.TO_MANAGER,
+        {"locked": _BOOL, "failed_tries": _U32, "max_tries": _U32, "interval_s": _U32, "since": _UNIX_TIME},
+    ),
 }
 _BY_TYPE = {number: (cls, direction, fields) for cls, (number, direction, fields) in _LAYOUTS.items()}
 

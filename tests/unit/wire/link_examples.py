@@ -30,6 +30,9 @@ LINK_EXAMPLES: dict[str, Any] = {
     "client_changed": ml.ClientChanged(ml.ClientKind.EMULATOR, 4242, 2**32 - 1),
     "done": ml.Done(10, "", ""),
     "note": ml.Note("a second client was refused"),
+    "ask_lockout": ml.AskLockout(),
+    "lockout_changed": ml.LockoutChanged(True, 32, 32, 7200, 1_790_000_000),
+    "lockout_ended": ml.LockoutChanged(False, 0, 2**32 - 1, 0, 0),
 }
 
 _u32 = st.integers(0, 2**32 - 1)
@@ -63,6 +66,7 @@ to_instance = st.one_of(
     st.builds(ml.LoadError, _seq, _retry, _code, _message),
     st.builds(ml.Saved, _seq),
     st.builds(ml.SaveError, _seq, _retry, _code, _message),
+    st.just(ml.AskLockout()),
 )
 to_manager = st.one_of(
     st.builds(ml.Ready, _id, st.sampled_from(TpmVersion), _power, _client, _u32, _u32),
@@ -73,4 +77,5 @@ to_manager = st.one_of(
     st.builds(ml.ClientChanged, _client, _u32, _u32),
     st.builds(ml.Done, _seq, _code, _message),
     st.builds(ml.Note, _message),
+    st.builds(ml.LockoutChanged, st.booleans(), _u32, _u32, _u32, st.integers(0, ml.MAX_UNIX_TIME_S)),
 )

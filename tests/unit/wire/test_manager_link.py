@@ -58,7 +58,7 @@ class TestEveryMessage:
 
 
 def test_all_types_have_an_example_when_counted() -> None:
-    assert {encode_message(message)[1] for message in LINK_EXAMPLES.values()} == {*range(1, 10), *range(0x81, 0x89)}
+    assert {encode_message(message)[1] for message in LINK_EXAMPLES.values()} == {*range(1, 11), *range(0x81, 0x8A)}
 
 
 BAD_VALUES = [
@@ -74,6 +74,8 @@ BAD_VALUES = [
     ("permit", {"permit_id": bytes(17)}),
     ("save_begin", {"kind": 4}),
     ("client_changed", {"pid": 2**32}),
+    ("lockout_changed", {"locked": 2}),
+    ("lockout_changed", {"since": ml.MAX_UNIX_TIME_S + 1}),
 ]
 
 
@@ -89,6 +91,8 @@ BAD_BODIES = {
     "total too large": encode_message(ml.SaveBegin(1, StateKind.PERMANENT, 0, bytes(16), bytes(32)))[:9]
     + (MAX_STATE_BYTES + 1).to_bytes(4, "big")
     + bytes(48),
+    "locked neither yes nor no": encode_message(ml.LockoutChanged(True, 0, 0, 0, 0))[:8] + b"\2" + bytes(20),
+    "locked since a time that no date has": encode_message(ml.LockoutChanged(True, 0, 0, 0, 0))[:-8] + b"\xff" * 8,
     "no data": encode_message(ml.SaveChunk(1, 0, b"x"))[:-1],
     "too much data": encode_message(ml.SaveChunk(1, 0, b"x")) + bytes(ml.MAX_CHUNK_BYTES),
     "body too large": encode_message(ml.SaveChunk(1, 0, b"x")) + bytes(ml.MAX_BODY_BYTES),

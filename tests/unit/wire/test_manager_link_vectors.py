@@ -13,7 +13,12 @@ from tests.unit.wire.link_examples import LINK_EXAMPLES
 from vtpm.wire.framing import Deframer, encode_frame
 from vtpm.wire.manager_link import MAX_BODY_BYTES, Direction, decode_message, encode_message
 
-VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "wire" / "manager_link_v1.json").read_text())
+FOLDER = Path(__file__).parents[2] / "vectors" / "wire"
+# Version 1 as it began, then what was added to it.
+FILES = [
+    json.loads((FOLDER / name).read_text()) for name in ("manager_link_v1.json", "manager_link_v1_lockout.json")
+]
+VECTORS = {part: {name: value for file in FILES for name, value in file[part].items()} for part in ("bodies", "frames")}
 
 
 @pytest.mark.parametrize("name", VECTORS["bodies"])
@@ -33,6 +38,11 @@ def test_frame_is_the_frozen_one_when_encoded_and_found(name: str) -> None:
 
 def test_vectors_cover_every_message_when_counted() -> None:
     assert set(VECTORS["bodies"]) == set(LINK_EXAMPLES)
+
+
+def test_no_vector_stands_in_two_files_when_counted() -> None:
+    for part in ("bodies", "frames"):
+        assert sum(len(file[part]) for file in FILES) == len(VECTORS[part])
 
 
 def test_vector_follows_the_documented_table_when_built_by_hand() -> None:
