@@ -62,7 +62,7 @@ from vtpm.vault.sqlite_rows import (
     state_of,
     values_of,
 )
-from vtpm.vault.store import SaveOutcome
+from vtpm.vault.store import MAX_EVENTS_SEARCHED, SaveOutcome
 
 MAX_EVENTS_LISTED = 1000
 
@@ -249,6 +249,15 @@ class SqliteStore:
                 (after_id, limit),
             )
             return [event_of(row) for row in rows]
+
+    def last_event(self, vtpm_id: VtpmId, kind: str) -> Event | None:
+        with self._reading() as db:
+            newest = db.execute("SELECT coalesce(max(event_id), 0) FROM event").fetchone()[0]
+            row = db.execute(
+                SELECT_EVENTS + " WHERE event_id > ? AND vtpm_id = ? AND kind = ? ORDER BY event_id DESC LIMIT 1",
+                (newest - MAX_EVENTS_SEARCHED, vtpm_id.bytes, kind),
+            ).fetchone()
+            return event_of(row) if row else None
 
     def _apply(self, db: sqlite3.Connection, save: SaveRequest) -> SaveAck:
         """Check one save against the record as it stands in this transaction, then write it."""

@@ -21,6 +21,9 @@ from vtpm.vault.records import Event, SaveAck, SavedState, SaveMark, SaveRequest
 SaveOutcome = SaveAck | VtpmError
 """What became of one save of a group: durable, or refused for a reason of its own."""
 
+MAX_EVENTS_SEARCHED = 10_000
+"""A search of the audit log goes no further back, so that it never holds up those who save."""
+
 
 class Store(Protocol):
     """Durable registry, sealed state and audit log of one host.
@@ -177,4 +180,8 @@ class Store(Protocol):
 
     def list_events(self, after_id: int = 0, limit: int = 100) -> Sequence[Event]:
         """Return at most `limit` (1 to 1000) events with ids above `after_id`, oldest first."""
+        ...
+
+    def last_event(self, vtpm_id: VtpmId, kind: str) -> Event | None:
+        """Return the newest event of one kind about one vTPM among the last MAX_EVENTS_SEARCHED, or None."""
         ...

@@ -347,6 +347,28 @@ def test_events_are_listed_in_order_and_in_pages_when_appended(reopened: Callabl
     assert [event.event_id for event in reopened().list_events(ids[0], 2)] == ids[1:3]
 
 
+def test_newest_event_of_a_kind_is_found_when_there_are_several(store: Store) -> None:
+    one, other = new_record(), new_record("web2")
+    assert store.last_event(one.id, "locked_out") is None
+    ids = [
+        store.append_event(Event(CREATED, None, kind, record.name, record.id))
+        for record, kind in ((one, "locked_out"), (one, "locked_out"), (one, "started"), (other, "locked_out"))
+    ]
+    found = store.last_event(one.id, "locked_out")
+    assert found == Event(CREATED, None, "locked_out", one.name, one.id, event_id=ids[1])
+    assert store.last_event(other.id, "started") is None
+
+
+def test_event_is_not_found_when_it_is_too_far_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtpm.vault.sqlite_store.MAX_EVENTS_SEARCHED", 2)
+    record = new_record()
+    store.append_event(Event(CREATED, None, "locked_out", record.name, record.id))
+    store.append_event(Event(CREATED, None, "other"))
+    assert store.last_event(record.id, "locked_out") is not None
+    store.append_event(Event(CREATED, None, "other"))
+    assert store.last_event(record.id, "locked_out") is None
+
+
 def test_nothing_is_done_when_the_event_of_an_operation_is_refused(store: Store) -> None:
     with pytest.raises(UsageError):
         store.create_vtpm(new_record(), event=Event(CREATED, 0, "created", detail="no json"))
