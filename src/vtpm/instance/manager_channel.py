@@ -21,6 +21,7 @@ from vtpm.wire.framing import BadFrame, Deframer, encode_frame
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     MAX_SEQ,
+    AskLockout,
     Direction,
     Hello,
     Load,
@@ -66,7 +67,7 @@ class ManagerChannel:
 
     Args:
         sock: the link; made non-blocking.
-        on_request: called in the main thread with Hello, PowerOn and Shutdown.
+        on_request: called in the main thread with Hello, PowerOn, Shutdown and AskLockout.
         wake: makes the main thread call `want_write` again.
         complain: takes a line for the log.
     """
@@ -74,7 +75,7 @@ class ManagerChannel:
     def __init__(
         self,
         sock: socket.socket,
-        on_request: Callable[[Hello | PowerOn | Shutdown], None],
+        on_request: Callable[[Hello | PowerOn | Shutdown | AskLockout], None],
         wake: Callable[[], None],
         complain: Callable[[str], None],
     ) -> None:
@@ -215,7 +216,7 @@ class ManagerChannel:
 
     def _receive(self, body: bytes) -> None:
         message = decode_message(body, Direction.TO_INSTANCE)
-        if isinstance(message, Hello | PowerOn | Shutdown):
+        if isinstance(message, Hello | PowerOn | Shutdown | AskLockout):
             self._on_request(message)
             return
         with self._lock:

@@ -26,6 +26,7 @@ from vtpm.guest_link.journal import Journal, JournaledPower
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.control import ControlSession
 from vtpm.instance.hold import Hold
+from vtpm.instance.lockout_watch import Seen
 from vtpm.instance.manager_channel import ManagerChannel
 from vtpm.instance.worker import Power, Worker
 from vtpm.tpm.types import Startup
@@ -33,11 +34,13 @@ from vtpm.wire.emulator import Command, Init, encode_reply
 from vtpm.wire.hold import ParkedKind
 from vtpm.wire.instance_spec import InstanceArgs, InstanceFd, Role
 from vtpm.wire.manager_link import (
+    AskLockout,
     ClientChanged,
     ClientKind,
     Done,
     Hello,
     LinkPower,
+    LockoutChanged,
     Note,
     PowerChanged,
     PowerOn,
@@ -82,7 +85,12 @@ class InstanceServer:
         )
         failed = args.role is Role.SUCCESSOR and self._control_journal.power is JournaledPower.ON
         self._worker = Worker(
-            args.tpm_version, self._channel, Power.FAILED if failed else Power.OFF, self._on_power, self._on_detached
+            args.tpm_version,
+            self._channel,
+            Power.FAILED if failed else Power.OFF,
+            self._on_power,
+            self._on_detached,
+            self._on_lockout,
         )
         self._session = ControlSession(self._worker, args.tpm_version)
         self._control: ControlLink | None = None
@@ -175,9 +183,12 @@ class InstanceServer:
         with contextlib.suppress(OSError):
             self._channel.on_writable()
 
-    def _on_manager(self, message: Hello | PowerOn | Shutdown) -> None:
+    def _on_manager(self, message: Hello | PowerOn | Shutdown | AskLockout) -> None:
         if isinstance(message, Hello):
             self._channel.forget_unsent()
+            if self._worker.lockout.lockout.locked:
+                # First, so that a manager that takes this instance for ready knows it.
+                self._on_lockout(self._worker.lockout)
             self._channel.tell(
                 Ready(
                     message.session,
@@ -193,6 +204,8 @@ class InstanceServer:
             self._channel.repeat()
         elif isinstance(message, PowerOn):
             self._on_power_on(message)
+        elif isinstance(message, AskLockout):
+            self._worker.submit(self._worker.do_tell_lockout)
         else:
             self._on_shutdown(message)
 
@@ -432,6 +445,13 @@ class InstanceServer:
         # In the TPM thread. The journal first: a successor must know before anyone sees it.
         self._control_journal.power = JournaledPower.OFF if power is Power.OFF else JournaledPower.ON
         self._channel.tell(PowerChanged(_POWER[power], why))
+
+    def _on_lockout(self, seen: Seen) -> None:
+        # In either thread.
+        lockout = seen.lockout
+        self._channel.tell(
+            LockoutChanged(lockout.locked, lockout.failed_tries, lockout.max_tries, lockout.interval_s, seen.since)
+        )
 
     def _on_detached(self) -> None:
         # In the TPM thread.

@@ -22,6 +22,8 @@ from vtpm.engine.engine import Engine, Origin, Served, ServeEnd
 from vtpm.errors import EngineError, StateError, VtpmError
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
+from vtpm.instance.lockout_watch import LockoutWatch, Seen
+from vtpm.tpm.lockout import GET_LOCKOUT
 from vtpm.tpm.types import Locality, Startup, StateKind, TpmVersion
 from vtpm.wire.tpm_stream import BadCommand, BadReason, TpmCommand
 
@@ -77,6 +79,7 @@ class Worker:
         power: OFF, or FAILED for the successor of an instance that died powered on.
         report: called in the TPM thread with (power, why) at each change of power.
         detached: called in the TPM thread when a data channel is no longer served.
+        report_lockout: called in the TPM thread when a TPM 2.0 became locked or free, and when asked for.
     """
 
     def __init__(
@@ -86,11 +89,13 @@ class Worker:
         power: Power,
         report: Callable[[Power, str], None],
         detached: Callable[[], None],
+        report_lockout: Callable[[Seen], None],
     ) -> None:
         self._version = version
         self._keeper = keeper
         self._report = report
         self._detached = detached
+        self._watch = LockoutWatch(report_lockout)
         self._permit: Permit | None = None
         self._engine = Engine(version, self._store)
         self._power = power
@@ -144,6 +149,11 @@ class Worker:
         return self._spent
 
     @property
+    def lockout(self) -> Seen:
+        """Whether the TPM is locked, as it was seen last; a TPM 1.2 is never looked at."""
+        return self._watch.seen
+
+    @property
     def engine_version(self) -> int:
         """Version of libtpms, MAJOR<<16 | MINOR<<8 | MICRO."""
         major, minor, micro = self._engine.library_version
@@ -193,6 +203,8 @@ class Worker:
     def do_power_off(self) -> None:
         """Cut the power, as a reset does: what TPM2_Shutdown was not called for is not saved."""
         if self._engine.powered:
+            if not self._was_shut_down():
+                self._watch.power_lost()
             self._engine.power_off()
         if self._power is Power.ON:
             self._set_power(Power.OFF, "powered off")
@@ -212,6 +224,12 @@ class Worker:
         if self._power is not Power.ON:
             raise StateError("the TPM is not powered on, so it has no volatile state")
         self._keeper.save(StateKind.VOLATILE, self._engine.get_state(StateKind.VOLATILE), None)
+
+    def do_tell_lockout(self) -> None:
+        """Look whether the TPM is locked, if it is on, and report it, changed or not."""
+        if self._power is Power.ON and self._version is TpmVersion.V2_0:
+            self._look_at_lockout()
+        self._watch.tell()
 
     def do_hash_start(self) -> int:
         """DRTM: begin a measurement. Returns the result code."""
@@ -341,8 +359,27 @@ class Worker:
 
     def _note_last(self, code: bytes, result: bytes) -> None:
         self._last = code, result
-        if self._engine.store_error is not None:
-            self._fail(f"state could not be kept: {self._engine.store_error}")
+        if self._failed_to_store() or self._version is not TpmVersion.V2_0:
+            return
+        if self._watch.suspects(int.from_bytes(code, "big"), int.from_bytes(result, "big")):
+            self._look_at_lockout()
+
+    def _look_at_lockout(self) -> None:
+        # Not as the guest's command: what was its last one stays that.
+        try:
+            response = self._engine.process(GET_LOCKOUT)
+        except EngineError:
+            self._fail("libtpms failed")
+            return
+        # Any command may forgive a failed try whose time is over, and keeps that.
+        if not self._failed_to_store():
+            self._watch.take(response)
+
+    def _failed_to_store(self) -> bool:
+        if self._engine.store_error is None:
+            return False
+        self._fail(f"state could not be kept: {self._engine.store_error}")
+        return True
 
     def _was_shut_down(self) -> bool:
         return self._last == (_SHUTDOWN_CODE, _SUCCESS)
