@@ -11,7 +11,7 @@ from vtpm.cli.output import Output, print_fields, print_json, print_line, print_
 from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
 from vtpm.errors import UsageError
 from vtpm.tpm.types import Startup, TpmVersion
-from vtpm.wire.api import Client, DomainName, LifeState, Owner, Vtpm
+from vtpm.wire.api import Client, DomainName, LifeState, Lockout, Owner, Vtpm
 
 
 @click.command()
@@ -137,6 +137,7 @@ def show(session: Session, name: str) -> None:
             ("pid", str(vtpm.pid or "-")),
             ("client", _client(vtpm.client)),
             ("created", vtpm.created_at or "-"),
+            *_lockout(vtpm.lockout, vtpm.tcti),
         ]
     )
 
@@ -162,6 +163,24 @@ def _print_vtpm(vtpm: Vtpm, output: Output, *lines: str) -> None:
         print_line(line)
     if vtpm.state is LifeState.FAILED and vtpm.reason:
         print_line(f"because: {vtpm.reason}")
+
+
+def _lockout(lockout: Lockout | None, tcti: str) -> list[tuple[str, str]]:
+    """What is wrong with a locked TPM, and what to do."""
+    if lockout is None:
+        return []
+    return [
+        (
+            "LOCKED OUT",
+            f"since {lockout.since}: {lockout.failed_tries} of {lockout.max_tries} failed authorisations; "
+            "what is protected against dictionary attacks is refused",
+        ),
+        (
+            "next",
+            f"Wait: after {lockout.interval_s} s of power one failure is forgiven. Or, with the TPM's lockout "
+            f"authorisation, in the guest or without one: tpm2_dictionarylockout -c -T {tcti}",
+        ),
+    ]
 
 
 def _owner(owner: Owner) -> str:

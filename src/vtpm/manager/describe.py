@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from vtpm.wire.api import (
     Client,
     DomainName,
     LifeState,
+    Lockout,
     Owner,
     PlatformStatus,
     ProtectionStatus,
@@ -25,7 +27,7 @@ from vtpm.wire.api import (
 )
 from vtpm.wire.keeper import KeeperStatus
 from vtpm.wire.launcher import LauncherStatus, ProtectionLine
-from vtpm.wire.manager_link import ClientKind
+from vtpm.wire.manager_link import ClientKind, LockoutChanged
 
 if TYPE_CHECKING:
     from vtpm.manager.service import Running
@@ -55,7 +57,14 @@ def vtpm(record: VtpmRecord, state: LifeState, running: Running | None) -> Vtpm:
         client=client,
         reason=running.reason if running and state is LifeState.FAILED else "",
         created_at=record.created_at.isoformat(),
+        lockout=lockout(running.link.facts.lockout) if running and running.link.facts.lockout else None,
     )
+
+
+def lockout(told: LockoutChanged) -> Lockout:
+    """Describe the lockout of a TPM that is locked."""
+    since = datetime.fromtimestamp(told.since, UTC).isoformat()
+    return Lockout(since, told.failed_tries, told.max_tries, told.interval_s)
 
 
 def audit_event(event: Event) -> AuditEvent:

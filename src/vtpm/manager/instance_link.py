@@ -25,6 +25,7 @@ from vtpm.wire.framing import BadFrame, Deframer, encode_frame
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     SESSION_BYTES,
+    AskLockout,
     ClientChanged,
     Direction,
     Done,
@@ -32,6 +33,7 @@ from vtpm.wire.manager_link import (
     LinkPower,
     Load,
     LoadError,
+    LockoutChanged,
     Note,
     Permit,
     PowerChanged,
@@ -64,6 +66,8 @@ class LinkFacts:
     power: LinkPower = LinkPower.OFF
     client: ClientChanged | None = None
     engine_version: int = 0
+    lockout: LockoutChanged | None = None
+    """Only while the TPM is locked."""
 
 
 class InstanceLink:
@@ -106,6 +110,7 @@ class InstanceLink:
         self._out_bytes = 0
         self._seq = itertools.count(1)
         self._asked: dict[int, asyncio.Future[Done]] = {}
+        self._looking: asyncio.Future[None] | None = None
         self._session = secrets.token_bytes(SESSION_BYTES)
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self.closed = False
@@ -132,6 +137,14 @@ class InstanceLink:
         """Have the TPM powered off and the instance end. Raises VtpmError: it did not."""
         await self._ask(lambda seq: Shutdown(seq, mode), "shutdown", timeout_s)
 
+    async def ask_lockout(self, timeout_s: float) -> None:
+        """Have the instance look whether its TPM is still locked; return when it has said so, or time is up."""
+        if self._looking is None:
+            # One question at a time, however many want to know and however long a command keeps the TPM busy.
+            self._looking = self._loop.create_future()
+            self._send(AskLockout())
+        await asyncio.wait({self._looking}, timeout=timeout_s)
+
     def close(self) -> None:
         """Let go of the link. Saves under way go on in the vault, and are not answered."""
         if self.closed:
@@ -150,6 +163,7 @@ class InstanceLink:
                 # Nobody may be waiting; that is no defect.
                 waiting.exception()
         self._asked.clear()
+        self._answer_lockout()
 
     async def _ask(self, message: Callable[[int], PowerOn | Shutdown], what: str, timeout_s: float) -> None:
         seq = next(self._seq)
@@ -255,6 +269,15 @@ class InstanceLink:
                 answer.set_result(message)
             case Note(message=text):
                 self._on_change(self, text)
+            case LockoutChanged(locked=locked):
+                self.facts.lockout = message if locked else None
+                self._answer_lockout()
+                self._on_change(self, "")
+
+    def _answer_lockout(self) -> None:
+        if self._looking is not None:
+            self._looking.set_result(None)
+            self._looking = None
 
     def _on_ready(self, message: Ready) -> None:
         if message.session != self._session:

@@ -11,7 +11,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from vtpm.vault.committer import Committer
 from vtpm.vault.records import DomainKind, Event, VtpmRecord, valid_name
 from vtpm.vault.store import Store
 from vtpm.vault.vault import Vault
-from vtpm.wire.api import AuditEvent, CreateVtpm, LifeState, ShutDown, Status, Vtpm
+from vtpm.wire.api import AuditEvent, CreateVtpm, LifeState, Lockout, ShutDown, Status, Vtpm
 from vtpm.wire.keeper import KeeperClient, KeeperStatus
 from vtpm.wire.launcher import (
     LAUNCHER,
@@ -52,6 +52,9 @@ STOP_TIMEOUT_S = 15.0
 CALL_TIMEOUT_S = 10.0
 RECONNECT_S = 0.5
 POWER_PAUSE_S = 5.0
+LOCKOUT_ANSWER_S = 0.5
+"""How long `show` waits for a TPM that may be busy; then it says what was known before."""
+LOCKED_OUT = "locked_out"
 _log = logging.getLogger("vtpm.manager")
 T = TypeVar("T")
 
@@ -68,6 +71,8 @@ class Running:
     """Whether `_follow_power` is at work on it."""
     notes: Allowance = field(default_factory=Allowance)
     """What the audit log takes of the instance's notes: it may have been taken over and write without end."""
+    locked_since: int = 0
+    """`since` of the lockout that was noted last; unix time in seconds."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -204,8 +209,12 @@ class ManagerService:
         return [self._describe(record) for record in records if sees(caller, record)]
 
     async def show(self, name: str, caller: Caller) -> Vtpm:
-        """Return one vTPM."""
-        return self._describe(await self._find(name, caller))
+        """Return one vTPM. One that was locked is looked at again: a lockout ends by itself, without a word."""
+        record = await self._find(name, caller)
+        running = self.running.get(record.id)
+        if running is not None and running.link.facts.lockout is not None:
+            await running.link.ask_lockout(LOCKOUT_ANSWER_S)
+        return self._describe(record)
 
     async def start(self, name: str, startup: Startup, caller: Caller) -> Vtpm:
         """Start a vTPM: an instance, powered on, answering on its tcti."""
@@ -457,9 +466,19 @@ class ManagerService:
             running.reason = note or running.reason or "its TPM failed"
         elif note and running.notes.take():
             self._spawn(self._append(_event(None, "note", running.record, note=note)))
+        lockout = link.facts.lockout
+        if lockout is not None and lockout.since != running.locked_since and running.notes.take():
+            running.locked_since = lockout.since
+            self._spawn(self._note_lockout(running.record, describe.lockout(lockout)))
         if not running.following:
             running.following = True
             self._spawn(self._follow_power(running))
+
+    async def _note_lockout(self, record: VtpmRecord, lockout: Lockout) -> None:
+        """Note a lockout once, though each manager in turn is told of it."""
+        event = _event(None, LOCKED_OUT, record, **asdict(lockout))
+        await self._store(partial(_append_lockout, record.id, event))
+        await self._events_came()
 
     async def _follow_power(self, running: Running) -> None:
         """Bring the life cycle after the TPM's power, one step at a time however often an instance changes it."""
@@ -555,6 +574,12 @@ class ManagerService:
 
 def _list_events(after_id: int, limit: int, store: Store) -> Sequence[Event]:
     return store.list_events(after_id, limit)
+
+
+def _append_lockout(vtpm_id: VtpmId, event: Event, store: Store) -> None:
+    last = store.last_event(vtpm_id, LOCKED_OUT)
+    if last is None or json.loads(last.detail)["since"] != json.loads(event.detail)["since"]:
+        store.append_event(event)
 
 
 def _has_emulator(running: Running) -> bool:

@@ -101,6 +101,22 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Lockout:
+    """Dictionary-attack lockout of a TPM 2.0; docs/lockout.md.
+
+    Args:
+        since: when it was first seen, ISO 8601 in UTC.
+        failed_tries, max_tries: how many failures count now, and at how many it locks.
+        interval_s: seconds of power after which one of them is forgiven.
+    """
+
+    since: str
+    failed_tries: int
+    max_tries: int
+    interval_s: int
+
+
+@dataclass(frozen=True)
 class Vtpm:
     """One vTPM.
 
@@ -110,6 +126,7 @@ class Vtpm:
         control_socket: what QEMU's -chardev socket,path= takes; empty when stopped.
         tcti: what tpm2-tools take with -T; empty when stopped.
         reason: why it is failed, if it is.
+        lockout: of the running instance's TPM, while it is locked.
     """
 
     name: str
@@ -128,6 +145,7 @@ class Vtpm:
     client: Client | None = None
     reason: str = ""
     created_at: str = ""
+    lockout: Lockout | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytest
 from tests.unit.cli.conftest import PROGRAM, TIMEOUT_S, Cli, finish, start_program
 from tests.unit.client.canned_manager import (
     IN_USE,
+    LOCKED,
     RUNNING,
     STATUS,
     STOPPED,
@@ -194,6 +195,22 @@ def test_show_says_why_when_a_vtpm_failed(cli: Cli, manager: CannedManager) -> N
     ended = cli("show", "web1")
     assert "state           failed: the store is full\n" in ended.out
     assert f"VM              {VM_UUID}\n" in ended.out
+
+
+def test_show_says_since_when_and_what_to_do_when_a_tpm_is_locked(cli: Cli, manager: CannedManager) -> None:
+    manager.vtpms["web1"] = LOCKED
+    shown = cli("show", "web1").out
+    assert "LOCKED OUT      since 2026-07-01T11:00:00+00:00: 3 of 3 failed authorisations" in shown
+    assert "after 1000 s of power one failure is forgiven" in shown
+    assert f"tpm2_dictionarylockout -c -T {LOCKED.tcti}\n" in shown
+    told = {"since": "2026-07-01T11:00:00+00:00", "failed_tries": 3, "max_tries": 3, "interval_s": 1000}
+    assert json.loads(cli("show", "web1", "--json").out)["lockout"] == told
+
+
+def test_show_says_nothing_of_lockout_when_a_tpm_is_not_locked(cli: Cli) -> None:
+    shown = cli("show", "web1").out
+    assert "LOCKED" not in shown and "next" not in shown
+    assert json.loads(cli("show", "web1", "--json").out)["lockout"] is None
 
 
 def test_what_others_wrote_cannot_drive_the_terminal_when_it_is_shown(cli: Cli, manager: CannedManager) -> None:

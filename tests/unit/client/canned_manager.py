@@ -24,6 +24,7 @@ from vtpm.wire.api import (
     Client,
     DomainName,
     LifeState,
+    Lockout,
     Owner,
     PlatformStatus,
     ProtectionStatus,
@@ -59,6 +60,7 @@ RUNNING = replace(
     pid=4711,
 )
 IN_USE = replace(RUNNING, client=Client("emulator", 1234, 0))
+LOCKED = replace(RUNNING, lockout=Lockout("2026-07-01T11:00:00+00:00", 3, 3, 1000))
 STATUS = Status(
     version="0.1.0",
     api_version=1,
