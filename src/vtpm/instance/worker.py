@@ -24,21 +24,12 @@ from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.lockout_watch import LockoutWatch, Seen
 from vtpm.tpm.lockout import GET_LOCKOUT
+from vtpm.tpm.power_commands import SHUTDOWN_CLEAR, SHUTDOWN_CODE, STARTUP
 from vtpm.tpm.types import Locality, Startup, StateKind, TpmVersion
 from vtpm.wire.tpm_stream import BadCommand, BadReason, TpmCommand
 
 EXIT_DEFECT = 72
 
-_STARTUP_20 = {
-    Startup.CLEAR: bytes.fromhex("8001 0000000c 00000144 0000"),  # TPM2_Startup(TPM_SU_CLEAR)
-    Startup.STATE: bytes.fromhex("8001 0000000c 00000144 0001"),
-}
-_STARTUP_12 = {
-    Startup.CLEAR: bytes.fromhex("00c1 0000000c 00000099 0001"),  # TPM_Startup(TPM_ST_CLEAR)
-    Startup.STATE: bytes.fromhex("00c1 0000000c 00000099 0002"),
-}
-_SHUTDOWN_CLEAR = bytes.fromhex("8001 0000000c 00000145 0000")  # TPM2_Shutdown(TPM_SU_CLEAR)
-_SHUTDOWN_CODE = bytes.fromhex("00000145")
 _SUCCESS = bytes(4)
 
 
@@ -103,6 +94,7 @@ class Worker:
         self._last: tuple[bytes, bytes] = (b"", b"")
         self._locality = 0
         self._spent = False
+        self._inherited = False
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
@@ -172,7 +164,7 @@ class Worker:
             VtpmError: there is no state for it, or the engine does not take it. The TPM stays off; after an
                 EngineError, or when the first state could not be kept, it is FAILED and the engine is spent.
         """
-        self.do_power_off()
+        self.do_stop()
         answer = self._keeper.load()
         try:
             if isinstance(answer, Permit):
@@ -191,11 +183,11 @@ class Worker:
         finally:
             self._permit = None
         self._last = (b"", b"")
+        self._inherited = False
         self._set_power(Power.ON, "powered on")
         self.established = self._engine.established()
         if startup is not Startup.NONE:
-            commands = _STARTUP_12 if self._version is TpmVersion.V1_2 else _STARTUP_20
-            response = self._process(commands[startup], 0)
+            response = self._process(STARTUP[self._version, startup], 0)
             code = response[6:10]
             if code != _SUCCESS:
                 raise StateError(f"TPM startup {startup} answered 0x{code.hex()}")
@@ -210,13 +202,18 @@ class Worker:
             self._set_power(Power.OFF, "powered off")
 
     def do_stop(self) -> None:
-        """Carry out STOP, with which every reset begins. A failed TPM stays failed until INIT."""
+        """Carry out STOP, with which every reset begins. A failed TPM stays failed until INIT.
+
+        An emulator's first STOP is no reset: it ends in order what the clients before it did.
+        """
+        if self._inherited:
+            self.do_orderly_power_off()
         self.do_power_off()
 
     def do_orderly_power_off(self) -> None:
         """Send TPM2_Shutdown(CLEAR) unless a shutdown was the guest's last command, then cut the power."""
         if self._power is Power.ON and self._version is TpmVersion.V2_0 and not self._was_shut_down():
-            self._process(_SHUTDOWN_CLEAR, 0)
+            self._process(SHUTDOWN_CLEAR, 0)
         self.do_power_off()
 
     def do_store_volatile(self) -> None:
@@ -262,6 +259,7 @@ class Worker:
         self._link = link
         self._poll.register(link, select.POLLIN)
         if isinstance(link, EmulatorDataLink):
+            self._inherited = self._engine.powered
             # A predecessor may have left a request unanswered. Nobody can know what it did; it failed.
             try:
                 link.settle(refuse(self._version, Refusal.FAILED))
@@ -382,7 +380,7 @@ class Worker:
         return True
 
     def _was_shut_down(self) -> bool:
-        return self._last == (_SHUTDOWN_CODE, _SUCCESS)
+        return self._last == (SHUTDOWN_CODE, _SUCCESS)
 
     def _store(self, kind: StateKind, data: bytes) -> None:
         permit = self._permit if kind is StateKind.PERMANENT else None
