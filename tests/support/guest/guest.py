@@ -25,6 +25,7 @@ from tests.support.guest.image import Image
 from tests.support.guest.qmp import Qmp
 
 BOOT_TIMEOUT_S = 90.0
+KERNEL_ARGUMENTS = "console=ttyS0,115200 loglevel=5 random.trust_cpu=on"
 _OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 _OVMF_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 _CONSOLE_TAIL_BYTES = 6000
@@ -71,6 +72,8 @@ class GuestConfig:
         firmware: OVMF gets a copy of its variable store in the work folder, kept for later boots.
         memory_mib: 192 is enough for the TPM image under SeaBIOS; OVMF needs 256 to place the initramfs.
         uuid: the machine's, as SMBIOS tells it; None for QEMU's default.
+        boot_folder: None, or a folder that is seen as a FAT disk, whose EFI/BOOT/BOOTX64.EFI the firmware boots
+            instead of the image; then only OVMF boots, and `kernel_arguments` has no effect.
         drives: raw images, seen as /dev/vda, /dev/vdb, ... by guests that load virtio_blk.
         kernel_arguments: appended to the kernel's command line.
         extra_arguments: appended to QEMU's command line.
@@ -83,6 +86,7 @@ class GuestConfig:
     firmware: Firmware = Firmware.SEABIOS
     memory_mib: int = 256
     uuid: UUID | None = None
+    boot_folder: Path | None = None
     drives: tuple[Path, ...] = ()
     kernel_arguments: str = ""
     extra_arguments: tuple[str, ...] = ()
@@ -227,7 +231,6 @@ class Guest:
 
     def _command(self, sockets: Path) -> list[str]:
         config = self._config
-        kernel_line = f"console=ttyS0,115200 loglevel=5 random.trust_cpu=on {config.kernel_arguments}".strip()
         command = [
             *config.command_prefix,
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
@@ -235,8 +238,7 @@ class Guest:
             *("-chardev", f"file,id=console,path={self.console_log},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,path={sockets / 'agent'}", "-serial", "chardev:agent"),
             *("-chardev", f"socket,id=qmp,path={sockets / 'qmp'}", "-mon", "chardev=qmp,mode=control"),
-            *("-kernel", str(config.image.kernel), "-initrd", str(config.image.initramfs)),
-            *("-append", kernel_line),
+            *self._boot_source(),
         ]
         if config.uuid is not None:
             command += ["-uuid", str(config.uuid)]
@@ -251,6 +253,15 @@ class Guest:
         for drive in config.drives:
             command += ["-drive", f"if=virtio,format=raw,file={drive}"]
         return [*command, *config.extra_arguments]
+
+    def _boot_source(self) -> list[str]:
+        config = self._config
+        if config.boot_folder is not None:
+            return ["-drive", f"if=virtio,format=raw,readonly=on,file=fat:{config.boot_folder}"]
+        return [
+            *("-kernel", str(config.image.kernel), "-initrd", str(config.image.initramfs)),
+            *("-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip()),
+        ]
 
     def _uefi_flash(self) -> list[str]:
         variables = self._work_folder / "uefi-variables.fd"
