@@ -15,9 +15,10 @@ APT_RUN := python3-venv python3-dev gcc libffi-dev libtpms-dev libtss2-dev pkg-c
 #   swtpm swtpm-tools                          stand-in for a hardware TPM in tests; peer in benchmarks
 #   strace                                     tests of durability look at system calls
 #   systemd-boot-efi                           EFI stub of guests' unified kernel images; objcopy comes with gcc
+#   osslsigncode                               peer for Authenticode digests
 #   procps util-linux dpkg cpio                ps, setpriv and unshare, and unpacking the guests' kernel
 APT_TEST := qemu-system-x86 ovmf seabios tpm2-tools busybox-static kmod swtpm swtpm-tools strace \
-  systemd-boot-efi procps util-linux cpio linux-libc-dev
+  systemd-boot-efi osslsigncode procps util-linux cpio linux-libc-dev
 
 .PHONY: install demo test soak bench lint clean always
 
