@@ -1,1 +1,4 @@
-"""What a TPM speaks: command and response headers, return codes, event log. Pure; imports errors alone."""
+"""What a TPM speaks, and what is measured into it: headers, return codes, event logs, PCRs, images.
+
+Pure; imports errors alone.
+"""
