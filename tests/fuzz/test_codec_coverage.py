@@ -24,6 +24,8 @@ CODECS = {
     "tpm/pcr_prediction": "tpm/test_pcr_prediction.py",
     "tpm/authenticode": "tpm/test_authenticode.py",
     "recovery_key": "test_recovery_key.py",
+    "vault/backup": "vault/test_backup.py",
+    "vault/passphrase": "vault/test_passphrase.py",
 }
 """Modules of vtpm, and their tests in tests/unit."""
 

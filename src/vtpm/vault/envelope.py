@@ -34,7 +34,8 @@ MAX_ENVELOPE_BYTES = HEADER_BYTES + MAX_STATE_BYTES + TAG_BYTES
 _NONCE = bytes(12)
 _STATE_INFO = b"vtpm state v1"
 _DIGEST_INFO = b"vtpm save digest v1"
-_TPM_CODES = {TpmVersion.V1_2: 12, TpmVersion.V2_0: 20}
+TPM_CODES = {TpmVersion.V1_2: 12, TpmVersion.V2_0: 20}
+"""How formats of the vault write a TPM version."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def seal(key: Secret, meta: StateMeta, plaintext: bytes) -> bytes:
         HEADER_BYTES,
         meta.vtpm_id.bytes,
         meta.kind,
-        _TPM_CODES[meta.tpm_version],
+        TPM_CODES[meta.tpm_version],
         0,
         meta.epoch,
         meta.version,
@@ -148,8 +149,8 @@ def open_(key: Secret, expected: Expected, blob: bytes) -> bytes:
         raise StateError(f"{name} is foreign: it belongs to vTPM {UUID(bytes=uuid_bytes)}")
     if kind != expected.kind:
         raise StateError(f"{name} is of another kind: {kind}")
-    if tpm_code != _TPM_CODES[expected.tpm_version]:
-        raise StateError(f"{name} is of another TPM version: {tpm_code}, not {_TPM_CODES[expected.tpm_version]}")
+    if tpm_code != TPM_CODES[expected.tpm_version]:
+        raise StateError(f"{name} is of another TPM version: {tpm_code}, not {TPM_CODES[expected.tpm_version]}")
     if epoch != expected.epoch:
         raise StateError(f"{name} is of another epoch: {epoch}, not {expected.epoch}")
     if version != expected.version:
