@@ -26,6 +26,8 @@ CODECS = {
     "recovery_key": "test_recovery_key.py",
     "vault/backup": "vault/test_backup.py",
     "vault/passphrase": "vault/test_passphrase.py",
+    "vault/swtpm_blob": "vault/test_swtpm_blob.py",
+    "vault/swtpm_state": "vault/test_swtpm_state.py",
 }
 """Modules of vtpm, and their tests in tests/unit."""
 

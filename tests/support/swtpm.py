@@ -1,13 +1,16 @@
-"""Debian's swtpm as the host's hardware TPM, for tests."""
+"""Debian's swtpm for tests: as the host's hardware TPM, and as what wrote the state that is imported."""
 
 from __future__ import annotations
 
 import os
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from vtpm.tpm.types import TpmVersion
 
 START_TIMEOUT_S = 10.0
 
@@ -17,12 +20,18 @@ class SwtpmPlatform:
 
     Args:
         directory: short path of an existing folder of its own: sockets, state and log go there.
+        version: of the TPM.
+        arguments: more of them for swtpm.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, version: TpmVersion = TpmVersion.V2_0, arguments: Sequence[str] = ()
+    ) -> None:
         self._directory = directory
+        self._arguments = ["--tpm2"] * (version is TpmVersion.V2_0) + list(arguments)
         self.socket_path = directory / "tpm"
         self.log_path = directory / "log"
+        self.state_dir = directory / "state"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -38,8 +47,7 @@ class SwtpmPlatform:
     def start(self) -> Self:
         """Power it on; returns when it takes connections."""
         assert self._process is None
-        state = self._directory / "state"
-        state.mkdir(exist_ok=True)
+        self.state_dir.mkdir(exist_ok=True)
         control = Path(f"{self.socket_path}.ctrl")
         for path in (self.socket_path, control):
             path.unlink(missing_ok=True)
@@ -55,10 +63,10 @@ class SwtpmPlatform:
             [
                 "swtpm",
                 "socket",
-                "--tpm2",
+                *self._arguments,
                 *("--server", f"type=unixio,fd={data_fd}"),
                 *("--ctrl", f"type=unixio,fd={control_fd}"),
-                *("--tpmstate", f"dir={state}"),
+                *("--tpmstate", f"dir={self.state_dir}"),
                 *("--flags", "not-need-init,startup-clear"),
                 *("--log", f"file={self.log_path},level=20"),
             ],
@@ -77,6 +85,27 @@ class SwtpmPlatform:
             self._process.kill()
             self._process.wait(START_TIMEOUT_S)
             self._process = None
+
+    def run(self, *commands: bytes) -> list[bytes]:
+        """Send TPM commands on one connection; returns the responses."""
+        responses = []
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.settimeout(START_TIMEOUT_S)
+            link.connect(os.fspath(self.socket_path))
+            for command in commands:
+                link.sendall(command)
+                response = link.recv(4096, socket.MSG_PEEK)
+                responses.append(link.recv(int.from_bytes(response[2:6], "big"), socket.MSG_WAITALL))
+        return responses
+
+    def store_volatile(self) -> None:
+        """Have it write its volatile state beside the permanent one."""
+        subprocess.run(
+            ["swtpm_ioctl", "--unix", f"{self.socket_path}.ctrl", "-v"],
+            check=True,
+            timeout=START_TIMEOUT_S,
+            capture_output=True,
+        )
 
     def extend(self, index: int, text: str = "something else booted") -> None:
         """Extend a PCR of the SHA-256 bank with the digest of a text."""

@@ -1,0 +1,93 @@
+"""State files of swtpm: what it writes is read; whatever else is read is refused cleanly, or was never protected."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz import effort
+from tests.fuzz.mutations import spoiled
+from tests.unit.vault import swtpm_files as files
+from vtpm.errors import StateError, UsageError
+from vtpm.vault.swtpm_blob import KeyFormat, SwtpmKey, open_blob
+
+KEYS = {size: bytes(range(size)) for size in (16, 32)}
+RAW = {size: SwtpmKey.from_key_file(key, KeyFormat.BINARY) for size, key in KEYS.items()}
+_size = st.sampled_from([16, 32])
+# libtpms' state begins with a small u16, and is longer than swtpm's header.
+_state = st.binary(min_size=9, max_size=200).map(lambda rest: b"\x00\x03" + rest)
+
+
+@st.composite
+def encrypted(draw: st.DrawFn) -> tuple[bytes, bytes, int]:
+    """State, file and size of the key."""
+    state, size = draw(_state), draw(_size)
+    iv = draw(st.sampled_from([b"", KEYS[size][::-1]]))
+    return state, files.encrypted(state, KEYS[size], iv), size
+
+
+_blocks = st.lists(
+    st.builds(files.block, st.integers(0, 9), st.binary(max_size=40)) | st.binary(max_size=12), max_size=5
+).map(b"".join)
+_anything = st.one_of(
+    st.binary(max_size=100),
+    st.builds(files.headed, _blocks, st.integers(0, 0x1F), st.integers(0, 3), st.integers(0, 3)),
+    spoiled(_state.map(files.plain)),
+    spoiled(encrypted().map(lambda drawn: drawn[1])),
+    spoiled(_state.map(lambda state: files.headless(state, KEYS[16]))),
+)
+
+
+@effort.codec
+@given(encrypted())
+def test_state_comes_out_when_encrypted_as_swtpm_does(drawn: tuple[bytes, bytes, int]) -> None:
+    state, content, size = drawn
+    assert open_blob("f", content, RAW[size]) == state
+    with pytest.raises(StateError):
+        open_blob("f", content, RAW[48 - size])
+    with pytest.raises(UsageError):
+        open_blob("f", content, None)
+
+
+@effort.codec
+@given(_state)
+def test_state_comes_out_when_plain_or_headless(state: bytes) -> None:
+    assert open_blob("f", files.plain(state), None) == state
+    assert open_blob("f", files.headless(state), None) == state
+    assert open_blob("f", files.headless(state, KEYS[16]), RAW[16]) == state
+
+
+@effort.codec
+@given(encrypted(), st.data())
+def test_only_the_state_comes_out_when_an_encrypted_file_is_spoiled(
+    drawn: tuple[bytes, bytes, int], data: st.DataObject
+) -> None:
+    state, content, size = drawn
+    spoilt = data.draw(spoiled(st.just(content)))
+    # Spoiled where nothing depends on it, or back to what it was.
+    with suppress(StateError, UsageError):
+        assert open_blob("f", spoilt, RAW[size]) == state
+
+
+@effort.codec
+@given(_anything, st.sampled_from([None, RAW[16], RAW[32]]))
+def test_refused_cleanly_or_no_larger_than_the_file_when_it_is_anything(content: bytes, key: SwtpmKey | None) -> None:
+    try:
+        state = open_blob("f", content, key)
+    except (StateError, UsageError):
+        return
+    assert 1 <= len(state) <= len(content)
+
+
+@effort.codec
+@given(st.binary(max_size=80) | st.from_regex(rb"(0x)?[0-9a-f]{30,66}\s?.{0,4}", fullmatch=True))
+def test_key_file_is_taken_or_refused_cleanly_when_it_is_anything(content: bytes) -> None:
+    for key_format in KeyFormat:
+        try:
+            key = SwtpmKey.from_key_file(content, key_format)
+        except UsageError:
+            continue
+        assert [size for size in KEYS if key.of_size(size)] in ([16], [32])
