@@ -107,6 +107,12 @@ class SwtpmPlatform:
             capture_output=True,
         )
 
+    def reboot(self, firmware: str = "firmware") -> None:
+        """Reset it, as a platform does that boots, and measure this into PCR 0."""
+        self.stop()
+        self.start()
+        self.extend(0, firmware)
+
     def extend(self, index: int, text: str = "something else booted") -> None:
         """Extend a PCR of the SHA-256 bank with the digest of a text."""
         subprocess.run(

@@ -1,9 +1,10 @@
 """vtpm-keeper: alone talks to the platform TPM; holds the root key; unwraps one vTPM's key at a time.
 
     vtpm-keeper --run-dir DIR --state-dir DIR --platform-tpm embedded|TCTI [--manager-uid UID] [--pcrs sha256:0,2,4,7]
-                [--zero-pcrs warn|refuse] [--uid UID --gid GID]
+                [--zero-pcrs refuse|warn] [--fence-pcr N] [--uid UID --gid GID]
 
-Serves DIR/keeper.sock once it has the root key, in the foreground, until SIGTERM. It does not mind the manager's end.
+Serves DIR/keeper.sock once it has tried to open the root key, in the foreground, until SIGTERM. It does not mind the
+manager's end. A root key that does not open stays locked: it says why, and waits for `vtpm recover`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pathlib import Path
 from vtpm.confine.service import become, forbid_dumps, lock_memory
 from vtpm.confine.title import set_title
 from vtpm.errors import UsageError, VtpmError
+from vtpm.keeper.custody import Custody
 from vtpm.keeper.directories import bind_socket, prepare_directory
 from vtpm.keeper.platforms import EMBEDDED, EMBEDDED_RUN_DIR, EmbeddedPlatform, HardwarePlatform, Platform
-from vtpm.keeper.root_key import open_root_key
+from vtpm.keeper.root_key import NewRoot
 from vtpm.keeper.service import KeeperService
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS, PcrSelection
 from vtpm.platform_tpm.root_policy import ZeroPcrs
@@ -48,6 +50,7 @@ class Settings:
     manager_uid: int
     pcrs: PcrSelection
     zero_pcrs: ZeroPcrs
+    fence_pcr: int | None
     uid: int
     gid: int
 
@@ -75,7 +78,10 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--platform-tpm", required=True, metavar="embedded|TCTI")
     parser.add_argument("--manager-uid", type=int, metavar="UID", help="who may ask, beside root; default: this user")
     parser.add_argument("--pcrs", default=str(DEFAULT_PCRS), metavar="BANK:PCR,…", help="for a new root key")
-    parser.add_argument("--zero-pcrs", choices=("warn", "refuse"), default="warn", help="when no PCR was measured into")
+    parser.add_argument(
+        "--zero-pcrs", choices=("refuse", "warn"), default="refuse", help="when no PCR was measured into"
+    )
+    parser.add_argument("--fence-pcr", type=int, metavar="N", help="extended after opening: opens once in each boot")
     parser.add_argument("--uid", type=int, metavar="UID", help="run as this user")
     parser.add_argument("--gid", type=int, metavar="GID", help="and this group; default: as UID")
     options = parser.parse_args(arguments)
@@ -89,6 +95,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
         manager_uid=os.geteuid() if options.manager_uid is None else options.manager_uid,
         pcrs=PcrSelection.parse(options.pcrs),
         zero_pcrs=ZeroPcrs.ALLOW if options.zero_pcrs == "warn" else ZeroPcrs.REFUSE,
+        fence_pcr=options.fence_pcr,
         uid=uid,
         gid=options.gid if options.gid is not None else (os.getegid() if options.uid is None else uid),
     )
@@ -134,16 +141,10 @@ def _device_groups(tcti: str) -> list[int]:
 
 
 async def _serve(settings: Settings, platform: Platform, listener: socket.socket) -> None:
-    is_embedded = platform.kind is PlatformKind.EMBEDDED
-    with platform.open() as tpm:
-        info = tpm.info()
-        root = open_root_key(
-            settings.state_dir, tpm, settings.pcrs, ZeroPcrs.ALLOW if is_embedded else settings.zero_pcrs
-        )
-    warnings: tuple[str, ...] = ()
-    if root.opened_by.selection != settings.pcrs:
-        warnings = (f"the root key stays sealed under PCRs {root.opened_by.selection}, not {settings.pcrs}",)
-    service = KeeperService(platform, root, info, warnings)
+    zero_pcrs = ZeroPcrs.ALLOW if platform.kind is PlatformKind.EMBEDDED else settings.zero_pcrs
+    custody = Custody(settings.state_dir, platform, NewRoot(settings.pcrs, zero_pcrs, settings.fence_pcr))
+    custody.open()
+    service = KeeperService(platform, custody, str(settings.pcrs))
     allowed = {0, settings.manager_uid}
     server = AsyncPacketServer(KEEPER, service.handle, lambda uid: uid in allowed)
     ending = asyncio.ensure_future(end_when_signalled((signal.SIGTERM, signal.SIGINT), service.ending))
@@ -154,13 +155,9 @@ async def _serve(settings: Settings, platform: Platform, listener: socket.socket
     ready()
     await ending
     await server.close()
-    root.secret.wipe()
+    custody.close()
     if service.ends_platform:
         platform.end()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from vtpm.errors import PlatformTpmError, StateError, StoreError
+from vtpm.keeper.durable_file import read_file, replace_file, sync_directory, write_new
 from vtpm.platform_tpm.pcrs import PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import PcrSet, ZeroPcrs
@@ -25,6 +27,8 @@ from vtpm.secret import KEY_BYTES, Secret
 ROOT_FILE = "root.sealed"
 FIRST_LABEL = "set-up"
 """Of the PCR set that a new root key is sealed under."""
+RECOVERED_LABEL = "recovered"
+_WHAT = "root file"
 _log = logging.getLogger(__name__)
 
 
@@ -37,22 +41,42 @@ class RootKey:
     opened_by: PcrSet
 
 
-def open_root_key(state_dir: Path, tpm: PlatformTpm, selection: PcrSelection, zero_pcrs: ZeroPcrs) -> RootKey:
+@dataclass(frozen=True)
+class NewRoot:
+    """What a root key is sealed under when it is sealed; one that is sealed already keeps what it has.
+
+    Args:
+        selection: the PCRs.
+        zero_pcrs: whether PCRs that are all zero will do.
+        fence_pcr: the PCR that the fence extends, if there is one.
+    """
+
+    selection: PcrSelection
+    zero_pcrs: ZeroPcrs
+    fence_pcr: int | None = None
+
+
+def has_root_file(state_dir: Path) -> bool:
+    """Whether a root key was made here once, as far as the directory tells."""
+    return os.path.lexists(state_dir / ROOT_FILE)
+
+
+def open_root_key(state_dir: Path, tpm: PlatformTpm, new: NewRoot) -> RootKey:
     """Open the root key, or make one where there has never been one.
 
     Args:
         state_dir: the keeper's own; locked by the caller.
         tpm: the platform TPM.
-        selection, zero_pcrs: for a new root key; an old one keeps its PCRs.
+        new: for a new root key.
     Raises:
         PlatformTpmError: the TPM refuses or went away.
         StateError: the root file is damaged; it is left as it is.
         StoreError: a new root file cannot be made durable.
     """
     path = state_dir / ROOT_FILE
-    data = _read(path)
+    data = read_file(path, _WHAT, MAX_BLOB_BYTES)
     if data is None:
-        return _make(path, tpm, selection, zero_pcrs)
+        return _make(path, tpm, new)
     root = _open(path, data, tpm)
     try:
         # Left by a start that was cut short after the link; `_make` would take its indexes for those of a lost key.
@@ -75,36 +99,95 @@ def _open(path: Path, data: bytes, tpm: PlatformTpm) -> RootKey:
         ) from error
 
 
-def _make(path: Path, tpm: PlatformTpm, selection: PcrSelection, zero_pcrs: ZeroPcrs) -> RootKey:
+def _make(path: Path, tpm: PlatformTpm, new: NewRoot) -> RootKey:
     # Of two sources, so that neither a weak TPM nor a weak kernel generator alone makes a weak key.
     randomness = tpm.random(KEY_BYTES) + os.urandom(KEY_BYTES)
     secret = Secret(HKDF(SHA256(), KEY_BYTES, None, b"vtpm keeper root key").derive(randomness))
     temporary = _temporary(path)
     _discard(temporary, tpm)
     try:
-        blob = tpm.seal_root(
-            secret,
-            tpm.pcr_set(FIRST_LABEL, selection),
-            lambda blob: _write_temporary(temporary, blob.to_bytes()),
-            zero_pcrs=zero_pcrs,
-        )
-        data = blob.to_bytes()
-        reread = _read(temporary)
-        if reread != data:
-            raise StoreError(f"the root file {temporary} does not read as it was written")
-        root = _open(temporary, reread, tpm)
-        if root.secret.reveal() != secret.reveal():
-            raise PlatformTpmError(f"the platform TPM {tpm.tcti!r} opens another key than it sealed")
+        root = _seal(temporary, tpm, secret, FIRST_LABEL, new)
         # A link, not a rename: it cannot replace anything.
         os.link(temporary, path)
         temporary.unlink()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise StoreError(
             f"the root file {path} cannot be written: {error.strerror}", next_step="Make room on the disk"
         ) from error
-    _log.info("made a root key, sealed under PCRs %s", selection)
+    _log.info("made a root key, sealed under PCRs %s", new.selection)
     return root
+
+
+def _seal(temporary: Path, tpm: PlatformTpm, secret: Secret, label: str, new: NewRoot) -> RootKey:
+    """Seal a root key into a temporary file, and open it from there."""
+    blob = tpm.seal_root(
+        secret,
+        tpm.pcr_set(label, new.selection),
+        lambda blob: write_new(temporary, blob.to_bytes()),
+        zero_pcrs=new.zero_pcrs,
+        fence_pcr=new.fence_pcr,
+    )
+    reread = read_file(temporary, _WHAT, MAX_BLOB_BYTES)
+    if reread != blob.to_bytes():
+        raise StoreError(f"the root file {temporary} does not read as it was written")
+    root = _open(temporary, reread, tpm)
+    if root.secret.reveal() != secret.reveal():
+        raise PlatformTpmError(f"the platform TPM {tpm.tcti!r} opens another key than it sealed")
+    return root
+
+
+def save_root_file(state_dir: Path, blob: SealedBlob) -> None:
+    """Put a blob of the same root key in the place of the one before. Raises StoreError: it is not durable."""
+    replace_file(state_dir / ROOT_FILE, _WHAT, blob.to_bytes())
+
+
+def seal_again(state_dir: Path, tpm: PlatformTpm, secret: Secret, new: NewRoot) -> RootKey:
+    """Seal a recovered root key to the platform TPM as it is now.
+
+    Where the TPM still has the indexes of the root file, only the policy is changed, and the anchor stays. Otherwise
+    there are new ones, and the root file before is kept beside the new one.
+
+    Raises:
+        PlatformTpmError: the TPM refuses or went away.
+        StoreError: a new root file cannot be made durable.
+    """
+    path = state_dir / ROOT_FILE
+    try:
+        return _change_policy(path, tpm, secret, new)
+    except (StateError, PlatformTpmError) as error:
+        _log.warning("the root file is of no use to this platform TPM, and is replaced: %s", error)
+    temporary = _temporary(path)
+    _discard(temporary, tpm)
+    root = _seal(temporary, tpm, secret, RECOVERED_LABEL, new)
+    try:
+        if has_root_file(state_dir):
+            # A second name for it: at no moment is there no root file, for which a start would make a new key.
+            os.link(path, path.with_name(f"{path.name}.before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"))
+        temporary.rename(path)
+        sync_directory(state_dir)
+    except OSError as error:
+        raise StoreError(f"the root file {path} cannot be written: {error.strerror}") from error
+    return root
+
+
+def _change_policy(path: Path, tpm: PlatformTpm, secret: Secret, new: NewRoot) -> RootKey:
+    data = read_file(path, _WHAT, MAX_BLOB_BYTES)
+    if data is None:
+        raise StateError(f"there is no root file {path}")
+    blob = SealedBlob.from_bytes(data)
+    now = tpm.pcr_set(RECOVERED_LABEL, new.selection)
+    # With the anchor, or not at all: a TPM that lost it has lost what the policy index was for.
+    tpm.open_anchor(blob, secret).close()
+    blob = tpm.replace(
+        blob,
+        secret,
+        (now,),
+        lambda changed: save_root_file(path.parent, changed),
+        zero_pcrs=new.zero_pcrs,
+        fence_pcr=new.fence_pcr,
+    )
+    return _open(path, blob.to_bytes(), tpm)
 
 
 def _temporary(path: Path) -> Path:
@@ -113,39 +196,10 @@ def _temporary(path: Path) -> Path:
 
 def _discard(temporary: Path, tpm: PlatformTpm) -> None:
     """Undefine the indexes of a start that was cut short; its key was never used."""
-    data = _read(temporary)
+    data = read_file(temporary, _WHAT, MAX_BLOB_BYTES)
     if data is not None:
         try:
             blob = SealedBlob.from_bytes(data)
         except StateError:
             return  # cut short while it was written: nothing was made in the TPM yet
         tpm.discard(blob)
-
-
-def _write_temporary(path: Path, data: bytes) -> None:
-    path.unlink(missing_ok=True)  # of a start that was cut short; nothing uses it
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-
-
-def _read(path: Path) -> bytes | None:
-    """Return the file's content, None when there is no such file and never anything else in its place."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        with open(fd, "rb") as file:
-            return file.read(MAX_BLOB_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StateError(f"the root file {path} cannot be read: {error.strerror}") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,22 +1,37 @@
-"""Answers the keeper's operations with the root key in memory. For the keeper alone."""
+"""Answers the keeper's operations with the root key in custody. For the keeper alone."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from vtpm.errors import PlatformTpmError, ProtocolError
+from vtpm.errors import ProtocolError, UsageError
 from vtpm.keeper import wrapping
+from vtpm.keeper.custody import Custody
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import RootKey
-from vtpm.platform_tpm.bounded import abandoned_calls
+from vtpm.platform_tpm.anchor import Anchor
 from vtpm.platform_tpm.pcrs import all_zero
-from vtpm.platform_tpm.platform_tpm import TpmInfo
+from vtpm.platform_tpm.root_policy import PcrSet
 from vtpm.secret import KEY_BYTES, Secret
 from vtpm.tpm.types import VtpmId
-from vtpm.wire.keeper import KeeperStatus, Key, NewKey, NewKeyArgs, NoArgs, PlatformKind, UnwrapKeyArgs
+from vtpm.wire.keeper import (
+    AnchorState,
+    KeeperStatus,
+    Key,
+    NewKey,
+    NewKeyArgs,
+    NoArgs,
+    PlatformKind,
+    PolicyLabel,
+    PolicySet,
+    PolicyState,
+    RecoveryText,
+    UnwrapKeyArgs,
+)
 from vtpm.wire.packet_socket import Peer, close_fds
 
 PROBE_TIMEOUT_S = 3.0
@@ -28,33 +43,43 @@ class KeeperService:
     """What the keeper does for the manager.
 
     Args:
-        platform: the platform TPM; asked only whether it is still there.
-        root: stays in memory, so that keys are unwrapped whether or not the TPM is there.
-        info: what the TPM said at start.
-        warnings: further ones, for `status`.
+        platform: the platform TPM's kind.
+        custody: the root key, and what the platform TPM does for it.
+        selection: PCRs that the configuration names.
     """
 
-    def __init__(self, platform: Platform, root: RootKey, info: TpmInfo, warnings: tuple[str, ...] = ()) -> None:
+    def __init__(self, platform: Platform, custody: Custody, selection: str) -> None:
         self.ending = asyncio.Event()
         """Set when a client has asked for the end."""
         self.ends_platform = False
         """Whether the embedded TPM is to end too."""
         self._platform = platform
-        self._root = root
-        self._info = info
-        self._warnings = _warnings(platform, root) + warnings
-        self._probing = asyncio.Lock()
+        self._custody = custody
+        self._selection = selection
+        self._probing: asyncio.Task[str] | None = None
+        self._blocking: Mapping[str, Callable[[Any, Peer], Any]] = {
+            "anchor_key": lambda _args, _peer: Key(custody.anchor_key().reveal()),
+            "read_anchor": self._read_anchor,
+            "write_anchor": self._write_anchor,
+            "policy": lambda _args, _peer: self._policy(),
+            "policy_allow": self._allow,
+            "policy_drop": self._drop,
+            "new_recovery_key": lambda _args, _peer: RecoveryText(custody.new_recovery_key().to_text()),
+            "recover": self._recover,
+        }
 
     async def handle(self, op: str, args: Any, fds: tuple[int, ...], peer: Peer) -> tuple[Any, tuple[int, ...]]:
         """Do one operation of wire.keeper; see packet_socket.Handler.
 
         Raises:
             ProtocolError: it came with descriptors.
-            StateError: a wrapped key does not open.
+            VtpmError: the root key is locked; or as the operation of KeeperClient says.
         """
         if fds:
             close_fds(fds)
             raise ProtocolError(f"vtpm-keeper takes no descriptors with {op!r}")
+        if self._custody.locked is not None and op != "end":
+            await asyncio.to_thread(self._custody.try_again)
         match op, args:
             case "status", NoArgs():
                 return await self._status(), ()
@@ -67,43 +92,101 @@ class KeeperService:
             case _, NewKeyArgs():
                 return self._new_key(args.vtpm_id), ()
             case _, UnwrapKeyArgs():
-                key = wrapping.unwrap_key(self._root.secret, args.vtpm_id, args.wrapped)
+                key = wrapping.unwrap_key(self._custody.root.secret, args.vtpm_id, args.wrapped)
                 _log.info("unwrapped the key of vTPM %s for process %d", args.vtpm_id, peer.pid)
                 return Key(key.reveal()), ()
-        raise ProtocolError(f"vtpm-keeper does not do {op!r}")
+        if op not in self._blocking:
+            raise ProtocolError(f"vtpm-keeper does not do {op!r}")
+        return await asyncio.to_thread(self._blocking[op], args, peer), ()
 
     def _new_key(self, vtpm_id: VtpmId) -> NewKey:
         key = Secret(os.urandom(KEY_BYTES))
-        return NewKey(wrapped=wrapping.wrap_key(self._root.secret, vtpm_id, key), key=key.reveal())
+        return NewKey(wrapped=wrapping.wrap_key(self._custody.root.secret, vtpm_id, key), key=key.reveal())
 
+    # -- in threads -------------------------------------------------------------------------------------------------
+    def _read_anchor(self, _args: NoArgs, _peer: Peer) -> AnchorState:
+        anchor = self._custody.read_anchor()
+        return AnchorState(anchor.version, anchor.digest)
+
+    def _write_anchor(self, args: AnchorState, _peer: Peer) -> NoArgs:
+        self._custody.write_anchor(Anchor(args.version, args.digest))
+        return NoArgs()
+
+    def _policy(self) -> PolicyState:
+        sets, now = self._custody.policy()
+        return PolicyState(
+            str(now.selection),
+            tuple(PolicySet(one.label, _hex(one), one.values == now.values) for one in sets),
+            _hex(now),
+        )
+
+    def _allow(self, args: PolicySet, peer: Peer) -> PolicyState:
+        try:
+            values = tuple(bytes.fromhex(value) for value in args.values)
+        except ValueError:
+            raise UsageError("PCR values are hexadecimal") from None
+        self._custody.allow(args.label, values)
+        _log.warning("process %d had PCR set %r allowed", peer.pid, args.label)
+        return self._policy()
+
+    def _drop(self, args: PolicyLabel, peer: Peer) -> PolicyState:
+        self._custody.drop(args.label)
+        _log.warning("process %d had PCR set %r dropped", peer.pid, args.label)
+        return self._policy()
+
+    def _recover(self, args: RecoveryText, _peer: Peer) -> NoArgs:
+        self._custody.recover(args.text)
+        return NoArgs()
+
+    # -- status -----------------------------------------------------------------------------------------------------
     async def _status(self) -> KeeperStatus:
-        async with self._probing:
-            problem = await asyncio.to_thread(self._probe)
+        problem = await self._probe()
+        custody, locked = self._custody, self._custody.locked
+        info = custody.info
         return KeeperStatus(
             kind=self._platform.kind,
             tcti=self._platform.tcti,
-            manufacturer=f"{self._info.manufacturer} {self._info.vendor} {self._info.firmware}".strip(),
-            pcr_selection=str(self._root.opened_by.selection),
+            manufacturer=f"{info.manufacturer} {info.vendor} {info.firmware}".strip() if info else "",
+            pcr_selection=self._selection if locked else str(custody.root.opened_by.selection),
             protection=self._platform.protection,
             reachable=not problem,
-            warnings=self._warnings + ((problem,) if problem else ()),
+            locked=locked.message if locked else "",
+            locked_next_step=locked.next_step if locked else "",
+            recovery=await asyncio.to_thread(custody.recovery),
+            anchor_writes=custody.anchor_writes,
+            resets=custody.resets,
+            warnings=self._warnings() + ((problem,) if problem else ()),
         )
 
-    def _probe(self) -> str:
+    async def _probe(self) -> str:
         """Return why the platform TPM does not answer now, or nothing."""
-        if abandoned_calls():
-            return "the platform TPM does not answer, and holds an earlier question"
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(asyncio.to_thread(self._custody.probe))
         try:
-            self._platform.open(PROBE_TIMEOUT_S).close()
-        except PlatformTpmError as error:
-            return str(error)
-        return ""
+            return await asyncio.wait_for(asyncio.shield(self._probing), PROBE_TIMEOUT_S)
+        except TimeoutError:
+            return f"the platform TPM does not answer within {PROBE_TIMEOUT_S:g} s"
+
+    def _warnings(self) -> tuple[str, ...]:
+        root = self._custody.root if self._custody.locked is None else None
+        if self._platform.kind is PlatformKind.EMBEDDED:
+            found = ["UNPROTECTED: the embedded TPM keeps the root key from nobody who reads the state directory"]
+        else:
+            found = _zero_warnings(root) if root else []
+            if self._custody.resets:
+                found.append(f"the platform TPM was reset under this host, {self._custody.resets} times")
+        if root is not None and str(root.opened_by.selection) != self._selection:
+            found.append(f"the root key stays sealed under PCRs {root.opened_by.selection}, not {self._selection}")
+        return tuple(found)
 
 
-def _warnings(platform: Platform, root: RootKey) -> tuple[str, ...]:
-    if platform.kind is PlatformKind.EMBEDDED:
-        return ("UNPROTECTED: the embedded TPM keeps the root key from nobody who reads the state directory",)
-    if zero := all_zero(root.opened_by.by_index):
-        listed = ", ".join(map(str, zero))
-        return (f"nothing had measured into PCRs {listed} when the root key was sealed: they bind it to no boot",)
-    return ()
+def _hex(one: PcrSet) -> tuple[str, ...]:
+    return tuple(value.hex() for value in one.values)
+
+
+def _zero_warnings(root: RootKey) -> list[str]:
+    zero = all_zero(root.opened_by.by_index)
+    if not zero:
+        return []
+    listed = ", ".join(map(str, zero))
+    return [f"nothing had measured into PCRs {listed} when the root key was sealed: they bind it to no boot"]

@@ -166,13 +166,17 @@ class Connection:
         with contextlib.suppress(TSS2_Exception):  # the TPM is gone; a cause that raised already says more
             self.esapi.flush_context(handle)
 
-    def note_reset(self, salt_key: Any) -> None:
-        """Compare the TPM's count of resets with what it was at first; `reset_seen` tells.
+    def reset_count(self, salt_key: Any) -> int:
+        """Return how often the TPM was reset, in an answer that an audit session authenticates.
 
-        The answer is authenticated by an audit session. Spec: TPM 2.0 Part 2 (revision 1.59), 10.11.1, resetCount.
+        Spec: TPM 2.0 Part 2 (revision 1.59), 10.11.1, resetCount.
         """
         with self.session(salt_key, TPM2_SE.HMAC, TPMA_SESSION.AUDIT) as session:
-            count = int(self.esapi.read_clock(session1=session).clockInfo.resetCount)
+            return int(self.esapi.read_clock(session1=session).clockInfo.resetCount)
+
+    def note_reset(self, salt_key: Any) -> None:
+        """Compare the TPM's count of resets with what it was at first; `reset_seen` tells."""
+        count = self.reset_count(salt_key)
         if self._reset_count is not None and count != self._reset_count:
             self.reset_seen = True
         self._reset_count = count

@@ -87,6 +87,15 @@ class PlatformTpm:
         """Return what the TPM says of itself."""
         return self._connection.run("say what it is", self._info)
 
+    def reset_count(self) -> int:
+        """Return how often the TPM was reset in its life; one more than before means that its PCRs began anew."""
+
+        def ask() -> int:
+            with self._connection.storage_primary() as (srk, _):
+                return self._connection.reset_count(srk)
+
+        return self._connection.run("say how often it was reset", ask)
+
     def random(self, size_bytes: int) -> bytes:
         """Return random bytes of the TPM's, encrypted on the way.
 

@@ -18,6 +18,11 @@ KEEPER_SOCKET = "keeper.sock"
 
 VTPM_KEY_BYTES = 32
 MAX_WRAPPED_BYTES = 512
+DIGEST_BYTES = 32
+MAX_POLICY_SETS = 8
+MAX_PCRS = 24
+MAX_LABEL_CHARS = 64
+MAX_RECOVERY_TEXT_CHARS = 256
 
 
 class PlatformKind(enum.StrEnum):
@@ -49,6 +54,11 @@ class KeeperStatus:
         manufacturer: as the TPM names it, with its firmware's version.
         pcr_selection: PCRs that the root key is sealed under, such as "sha256:0,2,4,7".
         reachable: whether the TPM answers now; keys are unwrapped without it.
+        locked: why the root key is not open, empty when it is; until then only `status` and `recover` work.
+        locked_next_step: what to do about it.
+        recovery: fingerprint of the recovery key that the root key is escrowed to, empty when there is none.
+        anchor_writes: how often this keeper has written the anchor.
+        resets: how often the platform TPM lost its sessions under this keeper: it was reset, or started again.
     """
 
     kind: PlatformKind
@@ -57,7 +67,62 @@ class KeeperStatus:
     pcr_selection: str
     protection: Protection
     reachable: bool
+    locked: str
+    locked_next_step: str
+    recovery: str
+    anchor_writes: int
+    resets: int
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnchorState:
+    """The value in the platform TPM that says which content of the vault is current."""
+
+    version: int
+    digest: Annotated[bytes, MaxLength(DIGEST_BYTES)]
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != DIGEST_BYTES:
+            raise ProtocolError(f"an anchor's digest has {DIGEST_BYTES} bytes, this one has {len(self.digest)}")
+
+
+@dataclass(frozen=True)
+class PolicySet:
+    """PCR values under which the root key opens.
+
+    Args:
+        label: what they stand for, unique.
+        values: hex, one for each PCR of the selection, in its order.
+        matches: whether these are the values now (not read in a request).
+    """
+
+    label: Annotated[str, MaxLength(MAX_LABEL_CHARS)]
+    values: Annotated[tuple[str, ...], MaxLength(MAX_PCRS)]
+    matches: bool = False
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """What the root key opens under, and what the PCRs hold now (hex, in the selection's order)."""
+
+    selection: str
+    sets: Annotated[tuple[PolicySet, ...], MaxLength(MAX_POLICY_SETS)]
+    current: Annotated[tuple[str, ...], MaxLength(MAX_PCRS)]
+
+
+@dataclass(frozen=True)
+class PolicyLabel:
+    """Which set."""
+
+    label: Annotated[str, MaxLength(MAX_LABEL_CHARS)]
+
+
+@dataclass(frozen=True)
+class RecoveryText:
+    """A recovery key as it is written down; it is given out once and kept nowhere."""
+
+    text: Annotated[str, MaxLength(MAX_RECOVERY_TEXT_CHARS)] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,6 +170,14 @@ OPERATIONS: Mapping[str, Operation] = {
     "status": Operation(args=NoArgs, result=KeeperStatus),
     "new_key": Operation(args=NewKeyArgs, result=NewKey),
     "unwrap_key": Operation(args=UnwrapKeyArgs, result=Key),
+    "anchor_key": Operation(args=NoArgs, result=Key),
+    "read_anchor": Operation(args=NoArgs, result=AnchorState),
+    "write_anchor": Operation(args=AnchorState, result=NoArgs),
+    "policy": Operation(args=NoArgs, result=PolicyState),
+    "policy_allow": Operation(args=PolicySet, result=PolicyState),
+    "policy_drop": Operation(args=PolicyLabel, result=PolicyState),
+    "new_recovery_key": Operation(args=NoArgs, result=RecoveryText),
+    "recover": Operation(args=RecoveryText, result=NoArgs),
     "end": Operation(args=NoArgs, result=NoArgs),
 }
 EVENTS: Mapping[str, type] = {}
@@ -150,6 +223,75 @@ class KeeperClient:
         """
         key: Key = self._call("unwrap_key", UnwrapKeyArgs(vtpm_id, wrapped))
         return key
+
+    def anchor_key(self) -> bytes:
+        """Return the key that root records of the vault are authenticated with, VTPM_KEY_BYTES bytes.
+
+        Raises:
+            PlatformTpmError: the root key is not open.
+            UnavailableError: the keeper does not answer.
+        """
+        key: Key = self._call("anchor_key", NoArgs())
+        return key.key
+
+    def read_anchor(self) -> AnchorState:
+        """Return the anchor in the platform TPM.
+
+        Raises:
+            PlatformTpmError: the TPM does not answer, or its index is not the one that was made.
+            UnavailableError: the keeper does not answer.
+        """
+        state: AnchorState = self._call("read_anchor", NoArgs())
+        return state
+
+    def write_anchor(self, state: AnchorState) -> None:
+        """Move the anchor; when this returns, it is in the platform TPM.
+
+        Raises:
+            ConflictError: the anchor there has this version already, or a later one.
+            PlatformTpmError, UnavailableError: as read_anchor.
+        """
+        self._call("write_anchor", state)
+
+    def policy(self) -> PolicyState:
+        """Return the PCR values under which the root key opens, and those of now."""
+        state: PolicyState = self._call("policy", NoArgs())
+        return state
+
+    def policy_allow(self, label: str, values: tuple[str, ...]) -> PolicyState:
+        """Have the root key open under these PCR values too.
+
+        Raises:
+            UsageError: values that are not of the selection's form.
+            ConflictError: the label is taken, or there are MAX_POLICY_SETS.
+        """
+        state: PolicyState = self._call("policy_allow", PolicySet(label, values))
+        return state
+
+    def policy_drop(self, label: str) -> PolicyState:
+        """Have the root key open under these PCR values no more.
+
+        Raises:
+            NotFoundError: there is no such set.
+            ConflictError: it is the last one.
+        """
+        state: PolicyState = self._call("policy_drop", PolicyLabel(label))
+        return state
+
+    def new_recovery_key(self) -> str:
+        """Make a recovery key, escrow the root key to it in place of an earlier one, and return its text."""
+        made: RecoveryText = self._call("new_recovery_key", NoArgs())
+        return made.text
+
+    def recover(self, recovery_key: str) -> None:
+        """Open the root key by the recovery key, and seal it to the platform TPM as it is now.
+
+        Raises:
+            ConflictError: the root key is open.
+            StateError: there is no escrow, or it is another key's.
+            PlatformTpmError: the TPM refuses to seal.
+        """
+        self._call("recover", RecoveryText(recovery_key))
 
     def end(self) -> None:
         """Have the keeper end, and its embedded TPM if it has one.

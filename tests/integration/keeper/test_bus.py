@@ -10,7 +10,7 @@ import pytest
 from tests.integration.keeper.recording_proxy import RecordingProxy
 from tests.support.processes import KeeperProcess
 from tests.support.swtpm import SwtpmPlatform
-from vtpm.keeper.root_key import open_root_key
+from vtpm.keeper.root_key import NewRoot, open_root_key
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import ZeroPcrs
@@ -47,7 +47,7 @@ def test_root_key_is_not_on_the_bus_when_the_keeper_makes_and_opens_it(
         assert keeper.start().terminate() == 0
         recorded = bytes(proxy.recorded)
     with PlatformTpm(swtpm.tcti) as tpm:
-        root = open_root_key(keeper.state_dir, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE).secret.reveal()
+        root = open_root_key(keeper.state_dir, tpm, NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE)).secret.reveal()
     assert SealedBlob.from_bytes(keeper.root_file.read_bytes()).public in recorded
     assert not any(root[at : at + 8] in recorded for at in range(len(root) - 7))
     assert root.hex() not in keeper.log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from tests.integration.keeper.conftest import Connect
 from tests.support.processes import KeeperProcess
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.errors import PlatformTpmError, StateError
-from vtpm.keeper.root_key import ROOT_FILE, open_root_key
+from vtpm.keeper.root_key import ROOT_FILE, NewRoot, open_root_key
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import SealedBlob
 from vtpm.tpm.types import VtpmId
+from vtpm.wire.keeper import AnchorState, KeeperClient
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -35,24 +37,43 @@ def keeper(directory: Path, swtpm: SwtpmPlatform, keepers: Keep) -> KeeperProces
     return keepers(KeeperProcess(directory, swtpm.tcti))
 
 
-def test_start_is_refused_when_pcrs_changed(keeper: KeeperProcess, swtpm: SwtpmPlatform) -> None:
+def check_locked(client: KeeperClient, why: str) -> None:
+    """The keeper says why the root key is locked, and does nothing that needs it."""
+    status = client.status()
+    assert why in status.locked
+    assert status.locked_next_step
+    for ask in (
+        lambda: client.new_key(VtpmId(uuid4())),
+        lambda: client.unwrap_key(VtpmId(uuid4()), bytes(109)),
+        client.anchor_key,
+        client.read_anchor,
+        lambda: client.write_anchor(AnchorState(1, bytes(32))),
+        client.policy,
+        lambda: client.policy_drop("set-up"),
+        client.new_recovery_key,
+    ):
+        with pytest.raises((PlatformTpmError, StateError), match=re.escape(why)):
+            ask()
+
+
+def test_root_key_is_locked_when_pcrs_changed(keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect) -> None:
     keeper.start().terminate()
     before = keeper.root_file.read_bytes()
     swtpm.extend(7)
-    assert keeper.run() == PlatformTpmError.exit_status
-    assert "PCRs changed in bank sha256: 7" in keeper.log
+    check_locked(connect(keeper.start()), "PCRs changed in bank sha256: 7")
     assert keeper.root_file.read_bytes() == before
 
 
-def test_start_is_refused_when_the_tpm_is_another(keeper: KeeperProcess, directory: Path, keepers: Keep) -> None:
+def test_root_key_is_locked_when_the_tpm_is_another(
+    keeper: KeeperProcess, directory: Path, keepers: Keep, connect: Connect
+) -> None:
     keeper.start().terminate()
     before = keeper.root_file.read_bytes()
     (directory / "other").mkdir()
     with SwtpmPlatform(directory / "other") as other:
         other.extend(0, "firmware")
-        second = keepers(KeeperProcess(directory, other.tcti))
-        assert second.run() == PlatformTpmError.exit_status
-    assert "is not the one that the root key was sealed by" in second.log
+        second = keepers(KeeperProcess(directory, other.tcti)).start()
+        check_locked(connect(second), "is not the one that the root key was sealed by")
     assert keeper.root_file.read_bytes() == before
 
 
@@ -101,17 +122,17 @@ def damaged_files(good: bytes) -> list[bytes]:
 def test_root_file_is_refused_and_kept_when_any_field_is_damaged(directory: Path, swtpm: SwtpmPlatform) -> None:
     path = directory / ROOT_FILE
     with PlatformTpm(swtpm.tcti) as tpm:
-        root = open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+        root = open_root_key(directory, tpm, NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE))
         good = path.read_bytes()
         for damaged in damaged_files(good):
             if damaged == good:
                 continue
             path.write_bytes(damaged)
             with pytest.raises((StateError, PlatformTpmError), match="does not open"):
-                open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+                open_root_key(directory, tpm, NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE))
             assert path.read_bytes() == damaged
         path.write_bytes(good)
-        opened = open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+        opened = open_root_key(directory, tpm, NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE))
         assert opened.secret.reveal() == root.secret.reveal()
 
 
@@ -120,11 +141,11 @@ def test_root_file_is_refused_when_it_is_a_link_or_a_folder(directory: Path, swt
     with PlatformTpm(swtpm.tcti) as tpm:
         path.symlink_to(directory / "nowhere")
         with pytest.raises(StateError, match="cannot be read"):
-            open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+            open_root_key(directory, tpm, NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE))
         path.unlink()
         path.mkdir()
         with pytest.raises(StateError, match="cannot be read"):
-            open_root_key(directory, tpm, DEFAULT_PCRS, ZeroPcrs.REFUSE)
+            open_root_key(directory, tpm, NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +163,7 @@ import os, pathlib, signal, sys
 real, seen = {call}, 0
 def deadly(*args, **kwargs):
     global seen
-    if sys._getframe(1).f_code.co_filename.endswith("root_key.py"):
+    if sys._getframe(1).f_code.co_filename.endswith(("root_key.py", "durable_file.py")):
         seen += 1
         if seen == {2 if step in ("folder fsync", "unlink") else 1}:
             if {side == "after"}:

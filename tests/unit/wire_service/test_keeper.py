@@ -35,6 +35,11 @@ STATUS = KeeperStatus(
     pcr_selection="sha256:0,2,4,7",
     protection=Protection.UNPROTECTED,
     reachable=True,
+    locked="",
+    locked_next_step="",
+    recovery="",
+    anchor_writes=0,
+    resets=0,
     warnings=("The embedded TPM protects nothing",),
 )
 

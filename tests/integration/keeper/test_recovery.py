@@ -1,0 +1,233 @@
+"""The recovery key opens the root key when the platform TPM does not, and seals it again; nothing else does."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from tests.integration.keeper.conftest import Connect
+from tests.support.processes import KeeperProcess
+from tests.support.swtpm import SwtpmPlatform
+from vtpm.errors import ConflictError, PlatformTpmError, StateError, UsageError
+from vtpm.keeper.root_key import ROOT_FILE
+from vtpm.recovery_key import RecoveryKey
+from vtpm.tpm.types import VtpmId
+from vtpm.wire.keeper import AnchorState, KeeperClient, NewKey
+
+pytestmark = pytest.mark.timeout(90)
+
+Keep = Callable[[KeeperProcess], KeeperProcess]
+VTPM = VtpmId(UUID("6ad77c2a-96b5-4b26-8c8d-2f9ba4e8a4fe"))
+ANCHOR = AnchorState(3, bytes(range(32)))
+
+
+class Known:
+    """What a keeper was given, and must know again."""
+
+    def __init__(self, client: KeeperClient) -> None:
+        client.write_anchor(ANCHOR)
+        self.recovery_key = client.new_recovery_key()
+        self.key: NewKey = client.new_key(VTPM)
+        self.anchor_key = client.anchor_key()
+
+    def check(self, client: KeeperClient) -> None:
+        assert client.unwrap_key(VTPM, self.key.wrapped).key == self.key.key
+        assert client.anchor_key() == self.anchor_key
+        assert client.status().recovery == RecoveryKey.from_text(self.recovery_key).public.fingerprint
+
+
+@pytest.fixture
+def keeper(directory: Path, swtpm: SwtpmPlatform, keepers: Keep) -> KeeperProcess:
+    return keepers(KeeperProcess(directory, swtpm.tcti))
+
+
+@pytest.fixture
+def known(keeper: KeeperProcess, connect: Connect) -> Known:
+    known = Known(connect(keeper.start()))
+    keeper.terminate()
+    return known
+
+
+def test_key_opens_and_the_anchor_stays_when_pcrs_changed(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect, known: Known
+) -> None:
+    swtpm.extend(7)
+    client = connect(keeper.start())
+    assert "PCRs changed in bank sha256: 7" in client.status().locked
+    client.recover(known.recovery_key)
+    assert client.status().locked == ""
+    known.check(client)
+    assert client.read_anchor() == ANCHOR
+    assert [found.label for found in client.policy().sets] == ["recovered"]
+    # From here on it opens by itself, and under the old PCRs no more.
+    keeper.terminate()
+    known.check(connect(keeper.start()))
+    keeper.terminate()
+    swtpm.reboot()
+    assert "PCRs changed in bank sha256: 7" in connect(keeper.start()).status().locked
+
+
+def test_key_opens_and_the_root_file_before_is_kept_when_the_tpm_was_lost(
+    keeper: KeeperProcess, directory: Path, keepers: Keep, connect: Connect, known: Known
+) -> None:
+    before = keeper.root_file.read_bytes()
+    (directory / "other").mkdir()
+    with SwtpmPlatform(directory / "other") as other:
+        other.extend(0, "firmware")
+        second = keepers(KeeperProcess(directory, other.tcti)).start()
+        client = connect(second)
+        assert "is not the one" in client.status().locked
+        client.recover(known.recovery_key)
+        known.check(client)
+        # The anchor went with the TPM: the store's freshness rests on the operator's word.
+        assert client.read_anchor().version == 0
+        (evidence,) = keeper.state_dir.glob(f"{ROOT_FILE}.before-*")
+        assert evidence.read_bytes() == before
+        second.terminate()
+        known.check(connect(second.start()))
+        second.terminate()
+
+
+def test_key_opens_when_the_root_file_is_lost(keeper: KeeperProcess, connect: Connect, known: Known) -> None:
+    keeper.root_file.unlink()
+    client = connect(keeper.start())
+    assert "is missing, although its key is in escrow" in client.status().locked
+    assert not keeper.root_file.exists()
+    client.recover(known.recovery_key)
+    known.check(client)
+
+
+def test_nothing_changes_when_the_recovery_key_is_another_or_damaged(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect, known: Known
+) -> None:
+    swtpm.extend(7)
+    before = {path.name: path.read_bytes() for path in keeper.state_dir.iterdir() if path.suffix != ".lock"}
+    client = connect(keeper.start())
+    with pytest.raises(StateError, match="is sealed to recovery key"):
+        client.recover(RecoveryKey.generate().to_text())
+    with pytest.raises(UsageError, match="recovery key"):
+        client.recover(known.recovery_key[:-1])
+    escrow = keeper.state_dir / "root.escrow"
+    good = escrow.read_bytes()
+    escrow.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(StateError, match="damaged"):
+        client.recover(known.recovery_key)
+    escrow.unlink()
+    with pytest.raises(StateError, match="no recovery key was ever made"):
+        client.recover(known.recovery_key)
+    escrow.write_bytes(good)
+    assert client.status().locked
+    assert {path.name: path.read_bytes() for path in keeper.state_dir.iterdir() if path.suffix != ".lock"} == before
+    assert known.recovery_key.splitlines()[1] not in keeper.log
+    client.recover(known.recovery_key)
+    with pytest.raises(ConflictError, match="nothing to recover"):
+        client.recover(known.recovery_key)
+
+
+def test_an_older_recovery_key_opens_nothing_when_a_new_one_was_made(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect, known: Known
+) -> None:
+    newer = connect(keeper.start()).new_recovery_key()
+    keeper.terminate()
+    swtpm.extend(7)
+    client = connect(keeper.start())
+    with pytest.raises(StateError, match="is sealed to recovery key"):
+        client.recover(known.recovery_key)
+    client.recover(newer)
+    assert client.unwrap_key(VTPM, known.key.wrapped).key == known.key.key
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["pcrs-changed", "tpm-lost"])
+@pytest.mark.parametrize("number", range(1, 8))
+def test_recovery_can_be_done_again_when_killed_at_a_step(
+    directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect, known: Known, lost: bool, number: int
+) -> None:
+    (directory / "other").mkdir()
+    with SwtpmPlatform(directory / "other") as other:
+        other.extend(0, "firmware")
+        swtpm.extend(7)
+        tcti = other.tcti if lost else swtpm.tcti
+        # Every durable call of recovery, each once; the steps after the last one need no kill.
+        prelude = f"""
+import os, pathlib, signal
+calls = 0
+def deadly(real):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {number}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+os.fsync, os.link, pathlib.Path.rename = deadly(os.fsync), deadly(os.link), deadly(pathlib.Path.rename)
+"""
+        doomed = keepers(KeeperProcess(directory, tcti, prelude=prelude)).start()
+        try:
+            connect(doomed).recover(known.recovery_key)
+        except Exception as error:  # noqa: BLE001 - whatever the client makes of a keeper that is gone
+            assert "vtpm-keeper" in str(error), error
+            assert doomed.wait() == -signal.SIGKILL
+        else:
+            doomed.terminate()
+        client = connect(keepers(KeeperProcess(directory, tcti)).start())
+        if client.status().locked:
+            client.recover(known.recovery_key)
+        known.check(client)
+        if not lost:
+            assert client.read_anchor() == ANCHOR
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_one_of_two_recovery_keys_opens_when_killed_while_the_second_is_made(
+    directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect, known: Known, number: int
+) -> None:
+    prelude = f"""
+import os, pathlib, signal
+calls = 0
+def deadly(real):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {number}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+os.fsync, pathlib.Path.rename = deadly(os.fsync), deadly(pathlib.Path.rename)
+"""
+    doomed = keepers(KeeperProcess(directory, swtpm.tcti, prelude=prelude)).start()
+    with pytest.raises(Exception, match="vtpm-keeper"):
+        connect(doomed).new_recovery_key()
+    assert doomed.wait() == -signal.SIGKILL
+    swtpm.extend(7)
+    client = connect(keepers(KeeperProcess(directory, swtpm.tcti)).start())
+    if number < 3:
+        client.recover(known.recovery_key)
+    else:
+        # It was made and never shown, so nobody has it: the rename had been done, and its folder not yet synced.
+        with pytest.raises(StateError, match="is sealed to recovery key"):
+            client.recover(known.recovery_key)
+
+
+def test_fence_lets_the_key_open_once_in_each_boot(
+    directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect
+) -> None:
+    fenced = ("--pcrs", "sha256:0,7,12", "--fence-pcr", "12")
+    keeper = keepers(KeeperProcess(directory, swtpm.tcti, *fenced))
+    known = Known(connect(keeper.start()))
+    current = connect(keeper).policy()
+    assert [found.matches for found in current.sets] == [True], "a fence that is closed is no change of the boot"
+    keeper.terminate()
+    client = connect(keeper.start())
+    assert "fence" in client.status().locked
+    # Not by recovery either: it would allow the closed fence, and so any later start in any boot.
+    with pytest.raises(PlatformTpmError, match=r"Reboot|reboot"):
+        client.recover(known.recovery_key)
+    keeper.terminate()
+    for _ in range(2):
+        swtpm.reboot()
+        known.check(connect(keeper.start()))
+        keeper.terminate()
