@@ -200,7 +200,7 @@ def _open(connection: Connection, srk: Any, handle: Any, blob: SealedBlob) -> Op
 def _matching(connection: Connection, sets: PcrSets) -> PcrSet:
     """Return the set that the PCRs are now, or raise with the PCRs that differ from the nearest one."""
     differing = {}
-    fenced = []
+    fenced: list[int] = []
     for one in sets:
         now = read_pcrs(connection, one.selection)
         changed = one.differing(now)

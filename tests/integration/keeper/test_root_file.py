@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,12 @@ def deadly(*args, **kwargs):
         SealedBlob.from_bytes(appeared)
         assert keeper.root_file.read_bytes() == appeared
     assert connect(keeper).new_key(VtpmId(uuid4())).key
+    # What the first start had made in the TPM is in use or gone.
+    listed = subprocess.run(
+        ["tpm2_getcap", "-T", swtpm.tcti, "handles-nv-index"], check=True, timeout=10, capture_output=True, text=True
+    )
+    assert len(listed.stdout.splitlines()) == 2
+    assert not keeper.root_file.with_name("root.sealed.new").exists()
 
 
 def test_root_file_is_whole_or_absent_when_killed_at_random_moments(
