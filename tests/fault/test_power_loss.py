@@ -21,16 +21,15 @@ import pytest
 
 from tests.fault.powerloss import checker, content, log
 from tests.support.guest import Guest, GuestConfig, ImageSpec, build_image
-from tests.unit.vault.world import new_record
+from tests.unit.vault.world import new_record, open_store
 from vtpm.embedded_tpm import store as embedded_store
 from vtpm.vault import sqlite_file
-from vtpm.vault.sqlite_store import SqliteStore
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # What a mutant loses first.
 MUTANTS = {
-    "vault-OFF": "no vTPM",
-    "vault-NORMAL": "no vTPM",
+    "vault-OFF": "older than the anchor",
+    "vault-NORMAL": "older than the anchor",
     "vault-directories": "the vault that was made is not there",
     "embedded-files": "embedded TPM's state .* is damaged",
     "embedded-directories": "embedded TPM is at version",
@@ -146,13 +145,13 @@ def test_log_and_its_folder_are_flushed_when_a_store_opens_with_a_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = tmp_path / "killed"
-    with contextlib.closing(SqliteStore(tmp_path / "vault")) as store:
+    with contextlib.closing(open_store(tmp_path / "vault")) as store:
         store.create_vtpm(new_record())
         shutil.copytree(tmp_path / "vault", killed)
     killed.chmod(0o700)
     seen = FlushesSeen()
     monkeypatch.setattr(sqlite_file, "os", seen)
-    SqliteStore(killed).close()
+    open_store(killed).close()
     assert seen.paths == [killed / "vtpm.db-wal", killed]
 
 

@@ -21,6 +21,8 @@ from vtpm.manager.config import Config, load_config
 from vtpm.manager.http_server import ApiServer
 from vtpm.manager.service import ManagerService
 from vtpm.manager.services import Layout, lay_out, start_services
+from vtpm.manager.unanchored import PUBLIC_MAC_KEY, UnanchoredStore
+from vtpm.vault.anchor import AnchorPolicy
 from vtpm.vault.committer import Committer
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.vault import Vault
@@ -66,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: Config, layout: Layout, listener: socket.socket) -> None:
-    committer = Committer(SqliteStore(layout.vault_dir))
+    keeper = UnanchoredStore(layout.vault_dir / "anchor")
+    committer = Committer(SqliteStore(layout.vault_dir, PUBLIC_MAC_KEY, keeper), keeper, AnchorPolicy())
     vault = Vault(committer)
     service = ManagerService(config.run_dir, config.state_dir, committer, vault)
     try:

@@ -1,25 +1,30 @@
-"""Group commit: one thread owns the store, and saves that wait together become durable together.
+"""Group commit: one thread owns the store, and saves that wait together become durable and anchored together.
 
-While a transaction is under way, arriving saves gather; they are the next group. A save waits for a store
-that may come back until its own deadline. Nothing is acknowledged that is not durable.
+While a transaction is under way, arriving saves gather; they are the next group. Meanwhile the root record of an
+earlier one is on its way to the platform TPM, in a thread of its own: one write at a time, of the latest record there
+is. What was done is acknowledged when it is durable and anchored as the policy says; it fails when its patience ends.
 Imported by the manager.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vtpm.errors import ProtocolError, StoreError, VtpmError
 from vtpm.tpm.types import InstanceId
-from vtpm.vault.records import SaveAck, SaveRequest
+from vtpm.vault.anchor import Anchoring, AnchorKeeper, AnchorPolicy, AnchorStats
+from vtpm.vault.records import SaveAck, SaveEffect, SaveRequest
+from vtpm.vault.root_record import AnchorValue
 from vtpm.vault.store import Store
 
+_log = logging.getLogger("vtpm.vault")
 T = TypeVar("T")
 
 SAVE_PATIENCE_S = 1.5
@@ -27,19 +32,12 @@ SAVE_PATIENCE_S = 1.5
 MAX_WAITING = 4096
 MAX_GROUP_SAVES = 256
 MAX_GROUP_BYTES = 16 * 1024 * 1024
+MAX_TURN_CALLS = 64
+"""Bound on other operations between two looks at what came meanwhile."""
 
 _RETRY_PAUSE_S = 0.05
-
-CommitHook = Callable[[Sequence[tuple[SaveRequest, SaveAck]]], None]
-"""Called in the committer's thread with saves that are durable and not yet acknowledged, once per group.
-
-The rollback anchor's place. A StoreError from it leaves them unacknowledged; they are tried again, whereupon
-the store finds them to be replays, and the hook is called again.
-"""
-
-
-def _no_hook(acknowledged: Sequence[tuple[SaveRequest, SaveAck]]) -> None:
-    pass
+_LONE_RETRY_PAUSE_S = 1.0
+"""Between attempts to anchor when nobody waits for it."""
 
 
 @dataclass(eq=False)
@@ -51,8 +49,20 @@ class _Save:
 
 @dataclass(eq=False)
 class _Call:
-    run: Callable[[], None]
-    fail: Callable[[BaseException | None], None]
+    operation: Callable[[Store], Any]
+    patience_s: float
+    future: Future[Any]
+
+
+@dataclass(eq=False)
+class _Done:
+    """What is durable and not yet acknowledged; see Anchoring.counts."""
+
+    item: _Save | _Call
+    result: Any
+    version: int
+    must: int
+    deadline: float
 
 
 def _started_future() -> Future[T]:
@@ -63,23 +73,37 @@ def _started_future() -> Future[T]:
 
 
 class Committer:
-    """Owns a store and its thread.
+    """Owns a store and its thread. On return the store is anchored as it was opened, and nothing was done yet.
 
     Args:
         store: used by this committer's thread alone from here on; closed by `close`.
-        before_acknowledge: see CommitHook.
+        keeper: of the anchor that the store was opened with; used by one thread at a time.
+        policy: when changes are anchored.
+    Raises:
+        UnavailableError, PlatformTpmError, StoreError: the anchor is behind the store and cannot be moved now.
+        StateError: the anchor is no longer what it was when the store was opened.
     """
 
-    def __init__(self, store: Store, *, before_acknowledge: CommitHook = _no_hook) -> None:
+    def __init__(self, store: Store, keeper: AnchorKeeper, policy: AnchorPolicy) -> None:
+        if keeper.read() != store.value:
+            keeper.write(store.value)
         self._store = store
-        self._before_acknowledge = before_acknowledge
+        self._keeper = keeper
+        self._anchoring = Anchoring(store, policy)
         self._waiting: deque[_Save | _Call] = deque()
+        self._turn: deque[_Save | _Call] = deque()
         self._retries: list[_Save] = []
         self._retry_at = 0.0
+        self._done: list[_Done] = []
+        # The write under way, and what became of the last one: None or its error, in a tuple.
+        self._writing = False
+        self._written: tuple[BaseException | None] | None = None
+        self._failed_at: float | None = None
         # At most one save of each instance, so that none can fill the queue or a group.
         self._outstanding: dict[InstanceId, _Save] = {}
         self._changed = threading.Condition()
         self._accepting = True
+        self._close_by = 0.0
         self._ended_because = "the vault is closed"
         self._broken = False
         self._thread = threading.Thread(target=self._serve, name="vault-committer", daemon=True)
@@ -89,8 +113,8 @@ class Committer:
         """Have one save committed with others.
 
         Args:
-            patience_s: how long a store that fails is given to come back, from now on. One transaction that
-                hangs in the kernel may take longer: bound the wait on the future too.
+            patience_s: how long a store or anchor that fails is given to come back, from now on. One transaction
+                that hangs in the kernel may take longer: bound the wait on the future too.
         Returns:
             Future of the acknowledgement, not to be cancelled; its callbacks run in the committer's thread
             and must be short. It fails with StoreError when the patience ends (nothing acknowledged; a later
@@ -109,35 +133,35 @@ class Committer:
             self._outstanding[request.instance_id] = save
         return save.future
 
-    def run(self, operation: Callable[[Store], T]) -> Future[T]:
+    def run(self, operation: Callable[[Store], T], *, patience_s: float = SAVE_PATIENCE_S) -> Future[T]:
         """Run any other operation in the store's thread, after what waits already.
 
-        It is tried once: only its caller knows whether it may be repeated. What it raises is the future's.
+        It is tried once: only its caller knows whether it may be repeated. What it raises is the future's. One that
+        only reads has its result at once; one that changes, or found its change made already, when that is anchored.
 
+        Args:
+            patience_s: how long the anchor is given once the operation is done; after it the future fails with
+                StoreError though the change is durable, and may still be anchored.
         Raises:
             StoreError: too much is waiting already, or the committer has ended.
         """
         future: Future[T] = _started_future()
-
-        def run() -> None:
-            try:
-                result = operation(self._store)
-            except StoreError as error:
-                self._broken = True
-                future.set_exception(error)
-            except BaseException as error:  # noqa: BLE001 - not swallowed: it is the caller's operation and error
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
         with self._changed:
-            self._enqueue(_Call(run, future.set_exception))
+            self._enqueue(_Call(operation, patience_s, future))
         return future
 
+    def stats(self) -> AnchorStats:
+        """Return what there is to say of the anchor. From any thread."""
+        return self._anchoring.stats(time.monotonic())
+
     def close(self) -> None:
-        """Finish what waits, each save within its patience, and close the store. Again does nothing."""
+        """Finish what waits, each within its patience, anchor all if that is possible, and close the store.
+
+        Again does nothing.
+        """
         with self._changed:
             self._accepting = False
+            self._close_by = time.monotonic() + SAVE_PATIENCE_S
             self._changed.notify()
         self._thread.join()
 
@@ -161,93 +185,200 @@ class Committer:
     def _step(self) -> bool:
         """Wait for the next piece of work and do it; False when there will be none."""
         with self._changed:
-            while not self._waiting:
-                pause_s = self._retry_at - time.monotonic() if self._retries else None
+            while not self._waiting and self._written is None:
+                pause_s = self._pause_s()
                 if pause_s is None and not self._accepting:
                     return False
                 if pause_s is not None and pause_s <= 0:
                     break
                 self._changed.wait(pause_s)
-            group, call = self._take()
+            written, self._written = self._written, None
+            self._take()
+        if written is not None:
+            self._note_written(*written)
         if self._retries and time.monotonic() >= self._retry_at:
             retries, self._retries = self._retries, []
             # Each alone from now on, so that one that cannot fit holds no other back.
             for save in retries:
                 self._commit([save])
-        if group:
-            self._commit(group)
-        if call is not None:
-            self._call(call)
+        self._do()
+        self._acknowledge()
+        self._anchor()
         return True
 
-    def _take(self) -> tuple[list[_Save], _Call | None]:
-        """Take from the queue either a group of saves or one call, in order of arrival."""
-        group: list[_Save] = []
-        size_bytes = 0
-        while self._waiting and len(group) < MAX_GROUP_SAVES and size_bytes < MAX_GROUP_BYTES:
-            first = self._waiting[0]
-            if isinstance(first, _Call):
-                if group:
-                    break
-                self._waiting.popleft()
-                return [], first
-            self._waiting.popleft()
-            group.append(first)
-            size_bytes += len(first.request.envelope)
-        return group, None
+    def _pause_s(self) -> float | None:
+        """Return how long there is nothing to do if nothing comes, or None for ever."""
+        now = time.monotonic()
+        times = [done.deadline for done in self._done]
+        if self._retries:
+            times.append(self._retry_at)
+        if not self._accepting and not times and now >= self._close_by:
+            # What is durable and not anchored is no loss: it is anchored when the store is opened again.
+            return None
+        anchor_at = self._anchor_at()
+        if anchor_at is not None:
+            times.append(anchor_at)
+        if not self._accepting and self._writing:
+            times.append(self._close_by)
+        return min(times) - now if times else None
 
-    def _commit(self, group: list[_Save]) -> None:
-        """Commit the group, or leave each of its saves to be tried alone later, or failed."""
+    def _take(self) -> None:
+        """Take from the queue, in order of arrival, what is done before the next look at it."""
+        saves = calls = size_bytes = 0
+        while self._waiting and saves < MAX_GROUP_SAVES and size_bytes < MAX_GROUP_BYTES and calls < MAX_TURN_CALLS:
+            item = self._waiting.popleft()
+            self._turn.append(item)
+            if isinstance(item, _Save):
+                saves += 1
+                size_bytes += len(item.request.envelope)
+            else:
+                calls += 1
+
+    def _do(self) -> None:
+        """Do what was taken, in order; saves that follow one another in one transaction."""
+        group: list[_Save] = []
+        while self._turn:
+            item = self._turn.popleft()
+            if isinstance(item, _Save):
+                group.append(item)
+                if self._turn and isinstance(self._turn[0], _Save):
+                    continue
+                self._commit(group)
+                group = []
+            else:
+                self._call(item)
+
+    def _commit(self, group: Sequence[_Save]) -> None:
+        """Make the group durable, or leave each of its saves to be tried alone later, or failed."""
+        prompt = self._store.prompt_version
         try:
             self._mend()
             outcomes = self._store.commit_saves([save.request for save in group])
-            durable = [
-                (save.request, outcome)
-                for save, outcome in zip(group, outcomes, strict=True)
-                if isinstance(outcome, SaveAck)
-            ]
-            if durable:
-                self._before_acknowledge(durable)
         except StoreError as error:
             self._broken = True
             self._retry_or_fail(group, error)
         except VtpmError as error:
             for save in group:
-                self._finish(save, error)
+                self._fail(save, error)
         else:
+            effects = {outcome.effect for outcome in outcomes if isinstance(outcome, SaveAck)}
+            must = self._anchoring.must(prompt_since=0 if SaveEffect.REPLAYED in effects else prompt)
             for save, outcome in zip(group, outcomes, strict=True):
-                self._finish(save, outcome)
+                if isinstance(outcome, SaveAck):
+                    self._done.append(_Done(save, outcome, self._store.value.version, must, save.deadline))
+                else:
+                    self._fail(save, outcome)
 
     def _call(self, call: _Call) -> None:
+        began = self._store.transactions
         try:
             self._mend()
-        except VtpmError as error:
-            call.fail(error)
+            result = call.operation(self._store)
+        except StoreError as error:
+            self._broken = True
+            call.future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 - not swallowed: it is the caller's operation and error
+            call.future.set_exception(error)
         else:
-            call.run()
+            if self._store.transactions == began:
+                call.future.set_result(result)
+            else:
+                must = self._anchoring.must(prompt_since=0)
+                deadline = time.monotonic() + call.patience_s
+                self._done.append(_Done(call, result, self._store.value.version, must, deadline))
 
-    def _retry_or_fail(self, group: list[_Save], error: StoreError) -> None:
+    def _acknowledge(self) -> None:
+        """Answer what counts by now, and fail what has waited long enough."""
+        now = time.monotonic()
+        self._anchoring.changed(now)
+        waiting = []
+        for done in self._done:
+            item = done.item
+            if self._anchoring.counts(done.version, done.must, now):
+                self._finish(item, done.result)
+            elif self._anchoring.refusal is not None or done.deadline <= now:
+                self._fail(item, self._not_anchored())
+            else:
+                waiting.append(done)
+        self._done = waiting
+
+    def _anchor_at(self) -> float | None:
+        """Return when the next write to the platform TPM begins if nothing comes, or None for never."""
+        due_at = self._anchoring.due_at()
+        if self._writing or due_at is None:
+            return None
+        if self._failed_at is not None:
+            hurried = self._done or not self._accepting
+            return self._failed_at + (_RETRY_PAUSE_S if hurried else _LONE_RETRY_PAUSE_S)
+        return due_at if self._accepting else 0.0
+
+    def _anchor(self) -> None:
+        """Have the root record anchored if that is due and none is under way."""
+        anchor_at = self._anchor_at()
+        if anchor_at is None or anchor_at > time.monotonic():
+            return
+        self._writing = True
+        value = self._anchoring.begin()
+        threading.Thread(target=self._write, args=(value,), name="vault-anchor", daemon=True).start()
+
+    def _write(self, value: AnchorValue) -> None:
+        """Write to the platform TPM, in a thread of its own, and hand over what became of it."""
+        error: BaseException | None = None
+        try:
+            self._keeper.write(value)
+        except BaseException as failure:  # noqa: BLE001 - handed to the committer's thread
+            error = failure
+        with self._changed:
+            self._written = (error,)
+            self._changed.notify()
+
+    def _note_written(self, error: BaseException | None) -> None:
+        self._writing = False
+        if error is None:
+            self._anchoring.succeeded()
+            self._failed_at = None
+        elif isinstance(error, VtpmError):
+            self._anchoring.failed(error)
+            self._failed_at = time.monotonic()
+            _log.warning("the anchor was not written: %s", error)
+        else:
+            raise error
+
+    def _not_anchored(self) -> VtpmError:
+        if self._anchoring.refusal is not None:
+            return self._anchoring.refusal
+        cause = self._anchoring.failure or "the platform TPM has not answered"
+        return StoreError(f"the store's content was not anchored in time: {cause}; nothing was acknowledged")
+
+    def _retry_or_fail(self, group: Sequence[_Save], error: StoreError) -> None:
         now = time.monotonic()
         for save in group:
             if save.deadline <= now:
-                self._finish(save, error)
+                self._fail(save, error)
             else:
                 self._retries.append(save)
                 self._retry_at = now + _RETRY_PAUSE_S
 
     def _mend(self) -> None:
-        """Reopen the store if its last use failed."""
+        """Reopen the store if its last use failed. Raises StateError when the anchor was moved by somebody else."""
+        if self._anchoring.refusal is not None:
+            raise self._anchoring.refusal
         if self._broken:
             self._store.reopen()
             self._broken = False
 
-    def _finish(self, save: _Save, outcome: SaveAck | VtpmError) -> None:
-        with self._changed:
-            self._outstanding.pop(save.request.instance_id, None)
-        if isinstance(outcome, SaveAck):
-            save.future.set_result(outcome)
-        else:
-            save.future.set_exception(outcome)
+    def _finish(self, item: _Save | _Call, result: Any) -> None:
+        self._leave(item)
+        item.future.set_result(result)
+
+    def _fail(self, item: _Save | _Call, error: BaseException) -> None:
+        self._leave(item)
+        item.future.set_exception(error)
+
+    def _leave(self, item: _Save | _Call) -> None:
+        if isinstance(item, _Save):
+            with self._changed:
+                self._outstanding.pop(item.request.instance_id, None)
 
     def _end(self, cause: BaseException | None) -> None:
         """Fail whatever still waits, after an unexpected error, and let go of the store."""
@@ -255,12 +386,11 @@ class Committer:
             self._accepting = False
             if cause is not None:
                 self._ended_because = f"the vault's committer failed unexpectedly: {type(cause).__name__}: {cause}"
-            unanswered = list(self._outstanding.values())
-            calls = [item for item in self._waiting if isinstance(item, _Call)]
-        for save in unanswered:
-            self._finish(save, self._ended(cause))
-        for call in calls:
-            call.fail(self._ended(cause))
+            unanswered: list[_Save | _Call] = [*self._outstanding.values()]
+            unanswered += [item for item in (*self._turn, *self._waiting) if isinstance(item, _Call)]
+            unanswered += [done.item for done in self._done if isinstance(done.item, _Call)]
+        for item in unanswered:
+            self._fail(item, self._ended(cause))
         self._store.close()
 
     def _ended(self, cause: BaseException | None) -> StoreError:

@@ -29,6 +29,9 @@ from vtpm.vault.records import (
     valid_name,
 )
 
+_MOVING = frozenset({"frozen", "moved"})
+"""The manager's words for states of a migration; their loss would give the right to run back."""
+
 
 def check_new_record(record: VtpmRecord) -> None:
     """Raise UsageError unless this is a record that a new vTPM may begin with."""
@@ -51,6 +54,11 @@ def check_word(word: str) -> None:
     """Raise UsageError unless this is a short printable word, as life cycle states and kinds of event are."""
     if not (1 <= len(word) <= MAX_WORD_CHARS and word.isascii() and word.isprintable()):
         raise UsageError(f"{word[:80]!r} is not a word of 1 to {MAX_WORD_CHARS} ASCII characters")
+
+
+def decides_who_runs(word: str) -> bool:
+    """Tell whether this life cycle state says that another host has, or may get, the right to run the vTPM."""
+    return word in _MOVING
 
 
 def check_wrapped_key(wrapped_key: bytes) -> None:

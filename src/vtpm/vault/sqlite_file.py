@@ -1,7 +1,7 @@
 """The SQLite file of a vault: made, checked and opened; docs/state-format.md, "SQLite store".
 
 Knows files, pragmas and the schema, and what errors of SQLite mean to a caller; no operation of a store.
-Imported by sqlite_store alone.
+Imported by sqlite_anchored alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import fcntl
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,10 +21,11 @@ from vtpm.errors import StateError, StoreError
 
 DATABASE_NAME = "vtpm.db"
 APPLICATION_ID = 0x7674706D
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SYNCHRONOUS = "FULL"
 """Each commit flushes the write-ahead log before it returns; what "answered means durable" rests on."""
 
+_UNANCHORED_SCHEMA = 1
 _FILE_MAGIC = b"SQLite format 3\0"
 _FILE_HEADER_BYTES = 100
 _APPLICATION_ID_OFFSET = 68
@@ -52,8 +53,13 @@ CREATE TABLE vault_schema (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     version INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE root (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    record BLOB NOT NULL
+) STRICT;
 CREATE TABLE vtpm (
     id BLOB PRIMARY KEY CHECK (length(id) = 16),
+    slot INTEGER NOT NULL UNIQUE CHECK (slot BETWEEN 0 AND 1048575),
     name TEXT NOT NULL UNIQUE,
     owner_uid INTEGER NOT NULL,
     owner_gid INTEGER NOT NULL,
@@ -77,6 +83,7 @@ CREATE TABLE state (
     kind INTEGER NOT NULL CHECK (kind BETWEEN 1 AND 3),
     version INTEGER NOT NULL CHECK (version >= 1),
     epoch INTEGER NOT NULL,
+    digest BLOB NOT NULL CHECK (length(digest) = 32),
     envelope BLOB NOT NULL,
     PRIMARY KEY (vtpm_id, kind)
 ) STRICT;
@@ -88,13 +95,14 @@ CREATE TABLE save_mark (
     version INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE event (
-    event_id INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id INTEGER PRIMARY KEY,
     time_us INTEGER NOT NULL,
     actor_uid INTEGER,
     kind TEXT NOT NULL,
     vtpm_name TEXT,
     vtpm_id BLOB,
-    detail TEXT NOT NULL
+    detail TEXT NOT NULL,
+    head BLOB NOT NULL CHECK (length(head) = 32)
 ) STRICT;
 """
 
@@ -170,17 +178,19 @@ def lock_directory(directory: Path) -> int:
     return fd
 
 
-def open_database(directory: Path, check: Check) -> sqlite3.Connection:
+def open_database(directory: Path, check: Check, first_record: Callable[[], bytes]) -> sqlite3.Connection:
     """Open the vault's database in a locked directory, making it if it was never there.
 
+    Args:
+        first_record: called when there is none; returns the root record to begin with, or raises.
     Raises:
-        StateError: damaged, another application's, or of a newer schema; nothing was changed.
+        StateError: damaged, another application's, or of another schema; nothing was changed.
         StoreError: it cannot be reached at the moment.
     """
     path = directory / DATABASE_NAME
     with translated_errors(path):
         if not path.is_symlink() and not path.exists():
-            _create(directory)
+            _create(directory, first_record)
         # The first name of the file just made, or made by one who was killed here.
         path.with_name(f"{DATABASE_NAME}.new").unlink(missing_ok=True)
         _check_file(path)
@@ -203,12 +213,13 @@ def open_database(directory: Path, check: Check) -> sqlite3.Connection:
     return db
 
 
-def _create(directory: Path) -> None:
+def _create(directory: Path, first_record: Callable[[], bytes]) -> None:
     """Make a complete database under another name, then give it its own: an unfinished one is never found."""
     path = directory / DATABASE_NAME
     log = path.with_name(f"{DATABASE_NAME}-wal")
     if log.exists():
         raise StateError(f"{path} is missing although {log} is there", next_step="Restore both, or move both away.")
+    record = first_record()
     draft = path.with_name(f"{DATABASE_NAME}.new")
     for suffix in ("", "-journal", "-wal", "-shm"):
         draft.with_name(draft.name + suffix).unlink(missing_ok=True)
@@ -219,6 +230,7 @@ def _create(directory: Path) -> None:
         db.execute("PRAGMA journal_mode=WAL")
         db.executescript(f"BEGIN; {_SCHEMA}")
         db.execute("INSERT INTO vault_schema (one, version) VALUES (1, ?)", (SCHEMA_VERSION,))
+        db.execute("INSERT INTO root (one, record) VALUES (1, ?)", (record,))
         db.execute("COMMIT")
     if draft.with_name(f"{draft.name}-wal").exists():
         raise StoreError(f"{draft} could not be completed; nothing was acknowledged")
@@ -297,6 +309,8 @@ def _configure(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA trusted_schema=OFF")
     db.execute("PRAGMA cell_size_check=ON")
     db.execute("PRAGMA temp_store=MEMORY")
+    # In KiB: rows and indexes of some 10,000 vTPMs, so that a save of one finds them in memory.
+    db.execute("PRAGMA cache_size=-16384")
     db.execute(f"PRAGMA journal_size_limit={_WAL_LIMIT_BYTES}")
 
 
@@ -309,6 +323,12 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
         raise StateError(
             f"{path} has schema version {version}; this program knows {SCHEMA_VERSION}",
             next_step="Use the newer program; nothing was changed.",
+        )
+    if version == _UNANCHORED_SCHEMA:
+        raise StateError(
+            f"{path} has schema version {version}, of a time before the first release; this program reads"
+            f" {SCHEMA_VERSION} alone",
+            next_step="Use the program that wrote it, or move its directory away and begin anew.",
         )
     if version != SCHEMA_VERSION:
         raise damaged(path, f"its schema version is {version}")

@@ -1,6 +1,6 @@
 """Rows of the SQLite store as records, and back.
 
-Pure. A row that no program of ours wrote raises ValueError. Imported by sqlite_store alone.
+Pure. A row that no program of ours wrote raises ValueError. Imported by sqlite_store and sqlite_anchored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
+from vtpm.vault.entries import StateEntry, microseconds
 from vtpm.vault.records import (
     DomainKind,
     Event,
@@ -22,18 +23,25 @@ from vtpm.vault.records import (
 
 SELECT_RECORDS = (
     "SELECT id, name, owner_uid, owner_gid, vm_uuid, tpm_version, domain, created_at_us, epoch, lifecycle,"
-    " permit_state, permit_id, wrapped_key, state_version, instance_id, engine_version FROM vtpm"
+    " permit_state, permit_id, wrapped_key, state_version, instance_id, engine_version, slot FROM vtpm"
 )
 INSERT_RECORD = (
     "INSERT INTO vtpm (id, name, owner_uid, owner_gid, vm_uuid, tpm_version, domain, created_at_us, epoch,"
-    " lifecycle, wrapped_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " lifecycle, wrapped_key, slot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-SELECT_STATES = "SELECT vtpm_id, kind, version, epoch, envelope FROM state"
-REPLACE_STATE = "INSERT OR REPLACE INTO state (vtpm_id, kind, version, epoch, envelope) VALUES (?, ?, ?, ?, ?)"
-SELECT_MARKS = "SELECT instance_id, seq, digest, version FROM save_mark"
+SELECT_STATES = "SELECT vtpm_id, kind, version, epoch, envelope, digest FROM state"
+SELECT_STATE_ENTRIES = "SELECT vtpm_id, kind, epoch, version, digest FROM state"
+REPLACE_STATE = (
+    "INSERT OR REPLACE INTO state (vtpm_id, kind, version, epoch, digest, envelope) VALUES (?, ?, ?, ?, ?, ?)"
+)
+SELECT_MARKS = "SELECT instance_id, seq, digest, version, vtpm_id FROM save_mark"
 REPLACE_MARK = "INSERT OR REPLACE INTO save_mark (vtpm_id, instance_id, seq, digest, version) VALUES (?, ?, ?, ?, ?)"
-SELECT_EVENTS = "SELECT event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail FROM event"
-INSERT_EVENT = "INSERT INTO event (time_us, actor_uid, kind, vtpm_name, vtpm_id, detail) VALUES (?, ?, ?, ?, ?, ?)"
+SELECT_EVENTS = "SELECT event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail, head FROM event"
+SELECT_EVENTS_HEAD = "SELECT event_id, head FROM event"
+INSERT_EVENT = (
+    "INSERT INTO event (event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail, head)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -41,12 +49,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Row = tuple[Any, ...]
 
 
-def microseconds(time: datetime) -> int:
-    """Return the microseconds from 1970-01-01 UTC to this time, which has a time zone."""
-    return (time - _EPOCH) // timedelta(microseconds=1)
-
-
-def values_of(record: VtpmRecord) -> Row:
+def values_of(record: VtpmRecord, slot: int) -> Row:
     """Return the values for INSERT_RECORD."""
     return (
         record.id.bytes,
@@ -60,6 +63,7 @@ def values_of(record: VtpmRecord) -> Row:
         record.epoch,
         record.lifecycle,
         record.wrapped_key,
+        slot,
     )
 
 
@@ -86,19 +90,38 @@ def record_of(row: Row) -> VtpmRecord:
 
 def state_of(row: Row) -> SavedState:
     """Return the saved state in a row of SELECT_STATES."""
-    return SavedState(VtpmId(UUID(bytes=row[0])), StateKind(row[1]), *row[2:])
+    return SavedState(VtpmId(UUID(bytes=row[0])), StateKind(row[1]), *row[2:5])
+
+
+def state_entry_of(row: Row) -> StateEntry:
+    """Return the state's part of an entry in a row of SELECT_STATE_ENTRIES."""
+    return StateEntry(StateKind(row[1]), *row[2:])
 
 
 def mark_of(row: Row) -> SaveMark:
     """Return the mark in a row of SELECT_MARKS."""
-    return SaveMark(InstanceId(UUID(bytes=row[0])), *row[1:])
+    return SaveMark(InstanceId(UUID(bytes=row[0])), *row[1:4])
 
 
 def event_of(row: Row) -> Event:
     """Return the event in a row of SELECT_EVENTS."""
-    event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail = row
+    event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail = row[:7]
     owner = None if vtpm_id is None else VtpmId(UUID(bytes=vtpm_id))
     return Event(_time(time_us), actor_uid, kind, vtpm_name, owner, detail, event_id)
+
+
+def event_values_of(event: Event, head: bytes) -> Row:
+    """Return the values for INSERT_EVENT."""
+    return (
+        event.event_id,
+        microseconds(event.time),
+        event.actor_uid,
+        event.kind,
+        event.vtpm_name,
+        event.vtpm_id.bytes if event.vtpm_id else None,
+        event.detail,
+        head,
+    )
 
 
 def _time(time_us: int) -> datetime:

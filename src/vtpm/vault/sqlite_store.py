@@ -5,15 +5,17 @@ Implements vtpm.vault.store.Store; see there for what each operation promises. I
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from vtpm.errors import ConflictError, NotFoundError, StoreError, UsageError, VtpmError
+from vtpm.errors import ConflictError, UsageError, VtpmError
+from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
+from vtpm.vault.anchor import AnchorKeeper
+from vtpm.vault.entries import NO_EVENTS, envelope_digest
+from vtpm.vault.ledger import check_event_follows
 from vtpm.vault.records import (
     MAX_COUNTER,
     PERMIT_BYTES,
@@ -26,38 +28,29 @@ from vtpm.vault.records import (
     SaveRequest,
     VtpmRecord,
 )
+from vtpm.vault.root_record import AnchorValue, edited
 from vtpm.vault.rules import (
     check_bound,
     check_engine_version,
-    check_event,
     check_never_saved,
     check_new_record,
     check_save,
     check_save_bounds,
     check_word,
     check_wrapped_key,
+    decides_who_runs,
     is_replay,
 )
-from vtpm.vault.sqlite_file import (
-    DATABASE_NAME,
-    Check,
-    damaged,
-    lock_directory,
-    open_database,
-    translated_errors,
-)
+from vtpm.vault.sqlite_anchored import AnchoredDatabase, Change, find_mark
 from vtpm.vault.sqlite_rows import (
-    INSERT_EVENT,
     INSERT_RECORD,
     REPLACE_MARK,
     REPLACE_STATE,
     SELECT_EVENTS,
-    SELECT_MARKS,
+    SELECT_EVENTS_HEAD,
     SELECT_RECORDS,
     SELECT_STATES,
     event_of,
-    mark_of,
-    microseconds,
     record_of,
     state_of,
     values_of,
@@ -70,84 +63,104 @@ MAX_EVENTS_LISTED = 1000
 class SqliteStore:
     """A Store in one SQLite database.
 
+    Opening verifies everything but the envelopes: pages, rows against the root record, the record against its MAC and
+    the platform TPM's anchor. An envelope is held against its row whenever it is read.
+
     Args:
         directory: made with mode 0700 if it does not exist; its parent must.
+        mac_key: of the root record, derived from the root key.
+        keeper: asked what the anchor is, while the directory is locked.
+        accepting: an operator's word, as an event for the audit log, that this store is to be accepted although it
+            does not descend from the anchor. Rows and root record must fit one another all the same. It goes on
+            with a version above the anchor's.
     Raises:
-        StateError: the database or directory is damaged, foreign, newer or open to others.
+        StateError: the database or directory is damaged, of another schema or open to others; or older than the
+            anchor, forked from it, edited, foreign or missing. What is there is left as it is.
         StoreError: another process uses it, or it cannot be reached at the moment.
+        UnavailableError, PlatformTpmError: the anchor cannot be read.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._path = directory / DATABASE_NAME
-        self._lock_fd = lock_directory(directory)
+    def __init__(
+        self, directory: Path, mac_key: Secret, keeper: AnchorKeeper, *, accepting: Event | None = None
+    ) -> None:
+        self._file = AnchoredDatabase(directory, mac_key)
         try:
-            self._db: sqlite3.Connection | None = open_database(directory, Check.ALL_PAGES)
+            self._file.open(keeper.read(), accepting)
         except BaseException:
-            os.close(self._lock_fd)
+            self._file.close()
             raise
 
+    @property
+    def value(self) -> AnchorValue:
+        return self._file.ledger.record.value
+
+    @property
+    def prompt_version(self) -> int:
+        return self._file.prompt_version
+
+    @property
+    def transactions(self) -> int:
+        return self._file.transactions
+
+    def set_ancestors(self, base: AnchorValue, attempted: AnchorValue) -> None:
+        self._file.ledger.set_ancestors(base, attempted)
+
     def reopen(self) -> None:
-        # Closing is safe after a failed flush: SQLite counts the frames of a failed commit as never written.
-        self._drop_connection()
-        self._db = open_database(self._directory, Check.SCHEMA)
+        self._file.reopen()
 
     def close(self) -> None:
-        self._drop_connection()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        self._file.close()
 
     def create_vtpm(self, record: VtpmRecord, *, event: Event | None = None) -> None:
         check_new_record(record)
-        with self._transaction(event) as db:
+        with self._file.changing(event, prompt=True) as change:
+            db = change.db
             taken = db.execute("SELECT 1 FROM vtpm WHERE name = ? OR id = ?", (record.name, record.id.bytes)).fetchone()
             if taken:
                 raise ConflictError(f"a vTPM {record.name} exists already", next_step="Choose another name.")
-            db.execute(INSERT_RECORD, values_of(record))
+            db.execute(INSERT_RECORD, values_of(record, change.new_slot(record.id)))
 
     def get_vtpm(self, vtpm_id: VtpmId) -> VtpmRecord:
-        with self._reading() as db:
+        with self._file.reading() as db:
             return self._get(db, vtpm_id)
 
     def find_vtpm(self, name: str) -> VtpmRecord:
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute(SELECT_RECORDS + " WHERE name = ?", (name,)).fetchone()
-            if row is None:
-                raise NotFoundError(f"there is no vTPM {name[:80]!r}")
-            return record_of(row)
+            return self._file.vtpm(row, repr(name[:80]))
 
     def list_vtpms(self) -> Sequence[VtpmRecord]:
-        with self._reading() as db:
+        with self._file.reading() as db:
             return [record_of(row) for row in db.execute(SELECT_RECORDS + " ORDER BY name")]
 
     def set_lifecycle(
         self, vtpm_id: VtpmId, lifecycle: str, *, expected: str | None = None, event: Event | None = None
     ) -> None:
         check_word(lifecycle)
-        with self._transaction(event) as db:
-            record = self._get(db, vtpm_id)
+        with self._file.changing(event) as change:
+            record = change.vtpm(vtpm_id)
+            change.prompt = decides_who_runs(lifecycle) or decides_who_runs(record.lifecycle)
             if expected is not None and record.lifecycle != expected:
                 raise ConflictError(f"vTPM {record.name} is {record.lifecycle}, not {expected}")
-            db.execute("UPDATE vtpm SET lifecycle = ? WHERE id = ?", (lifecycle, vtpm_id.bytes))
+            change.db.execute("UPDATE vtpm SET lifecycle = ? WHERE id = ?", (lifecycle, vtpm_id.bytes))
 
     def set_wrapped_key(
         self, vtpm_id: VtpmId, wrapped_key: bytes, *, expected: bytes | None, event: Event | None = None
     ) -> None:
         check_wrapped_key(wrapped_key)
-        with self._transaction(event) as db:
-            record = self._get(db, vtpm_id)
+        with self._file.changing(event, prompt=True) as change:
+            record = change.vtpm(vtpm_id)
             if record.wrapped_key != expected:
                 raise ConflictError(f"vTPM {record.name} has another wrapped key than the one to replace")
-            db.execute("UPDATE vtpm SET wrapped_key = ? WHERE id = ?", (wrapped_key, vtpm_id.bytes))
+            change.db.execute("UPDATE vtpm SET wrapped_key = ? WHERE id = ?", (wrapped_key, vtpm_id.bytes))
 
     def delete_vtpm(self, vtpm_id: VtpmId, *, event: Event | None = None) -> None:
-        with self._transaction(event) as db:
-            record = self._get(db, vtpm_id)
+        with self._file.changing(event, prompt=True) as change:
+            record = change.vtpm(vtpm_id)
             if record.instance_id is not None:
                 raise ConflictError(f"vTPM {record.name} has an instance", next_step="Stop it first.")
-            db.execute("DELETE FROM vtpm WHERE id = ?", (vtpm_id.bytes,))
-        with self._reading() as db:
+            change.db.execute("DELETE FROM vtpm WHERE id = ?", (vtpm_id.bytes,))
+        with self._file.reading() as db:
             # The log still holds the wrapped key's page; overwritten pages reach the file by this checkpoint.
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
@@ -159,16 +172,16 @@ class SqliteStore:
         replaces: InstanceId | None = None,
         event: Event | None = None,
     ) -> None:
-        with self._transaction(event) as db:
-            record = self._get(db, vtpm_id)
+        with self._file.changing(event, prompt=True) as change:
+            record = change.vtpm(vtpm_id)
             if record.instance_id not in (None, instance_id, replaces):
                 raise ConflictError(f"vTPM {record.name} already has an instance, {record.instance_id}")
             if record.instance_id == instance_id:
                 return
             # Earlier instances' saves are refused from here on, and this one has to load first.
-            db.execute("DELETE FROM save_mark WHERE vtpm_id = ?", (vtpm_id.bytes,))
+            change.db.execute("DELETE FROM save_mark WHERE vtpm_id = ?", (vtpm_id.bytes,))
             try:
-                db.execute(
+                change.db.execute(
                     "UPDATE vtpm SET instance_id = ?, engine_version = 0 WHERE id = ?",
                     (instance_id.bytes, vtpm_id.bytes),
                 )
@@ -176,16 +189,16 @@ class SqliteStore:
                 raise ConflictError(f"instance {instance_id} is another vTPM's") from error
 
     def unbind_instance(self, vtpm_id: VtpmId, instance_id: InstanceId, *, event: Event | None = None) -> None:
-        with self._transaction(event) as db:
-            record = self._get(db, vtpm_id)
+        with self._file.changing(event, prompt=True) as change:
+            record = change.vtpm(vtpm_id)
             if record.instance_id is not None:
                 check_bound(record, instance_id)
-                db.execute("UPDATE vtpm SET instance_id = NULL WHERE id = ?", (vtpm_id.bytes,))
+                change.db.execute("UPDATE vtpm SET instance_id = NULL WHERE id = ?", (vtpm_id.bytes,))
 
     def issue_permit(self, vtpm_id: VtpmId, instance_id: InstanceId, engine_version: int) -> bytes:
         check_engine_version(engine_version)
-        with self._transaction() as db:
-            record = self._get(db, vtpm_id)
+        with self._file.changing(prompt=True) as change:
+            db, record = change.db, change.vtpm(vtpm_id)
             check_bound(record, instance_id)
             check_never_saved(record, self._states(db, vtpm_id))
             permit_id = record.permit.permit_id or secrets.token_bytes(PERMIT_BYTES)
@@ -196,19 +209,19 @@ class SqliteStore:
         return permit_id
 
     def read_state(self, vtpm_id: VtpmId) -> Sequence[SavedState]:
-        with self._reading() as db:
+        with self._file.reading() as db:
             self._get(db, vtpm_id)
             return self._states(db, vtpm_id)
 
     def load_state(self, vtpm_id: VtpmId, instance_id: InstanceId, engine_version: int) -> Sequence[SavedState]:
         check_engine_version(engine_version)
-        with self._transaction() as db:
-            record = self._get(db, vtpm_id)
+        with self._file.changing(prompt=True) as change:
+            db, record = change.db, change.vtpm(vtpm_id)
             check_bound(record, instance_id)
             states = self._states(db, vtpm_id)
             kinds = {state.kind for state in states}
             if StateKind.PERMANENT not in kinds:
-                check_never_saved(record, self._states(db, vtpm_id))
+                check_never_saved(record, states)
             version = record.state_version
             if StateKind.VOLATILE in kinds:
                 version += 1
@@ -221,50 +234,58 @@ class SqliteStore:
 
     def commit_saves(self, batch: Sequence[SaveRequest]) -> Sequence[SaveOutcome]:
         outcomes: list[SaveOutcome] = []
-        with self._transaction() as db:
+        # The first state uses the permit up, and a permit must not come back.
+        prompt = any(save.permit_id is not None for save in batch)
+        with self._file.changing(prompt=prompt) as change:
             for save in batch:
-                db.execute("SAVEPOINT one_save")
+                change.db.execute("SAVEPOINT one_save")
                 try:
-                    outcomes.append(self._apply(db, save))
+                    outcomes.append(self._apply(change, save))
                 except VtpmError as refusal:
-                    db.execute("ROLLBACK TO one_save")
+                    change.db.execute("ROLLBACK TO one_save")
                     outcomes.append(refusal)
-                db.execute("RELEASE one_save")
+                change.db.execute("RELEASE one_save")
         return outcomes
 
     def last_save(self, vtpm_id: VtpmId) -> SaveMark | None:
-        with self._reading() as db:
-            return self._mark(db, vtpm_id)
+        with self._file.reading() as db:
+            return find_mark(db, vtpm_id.bytes)
 
     def append_event(self, event: Event) -> int:
-        with self._transaction() as db:
-            return self._insert_event(db, event)
+        with self._file.changing() as change:
+            return change.append_event(event)
 
     def list_events(self, after_id: int = 0, limit: int = 100) -> Sequence[Event]:
         if not (0 <= after_id <= MAX_COUNTER and 1 <= limit <= MAX_EVENTS_LISTED):
             raise UsageError(f"events after {after_id}, {limit} at most: 1 to {MAX_EVENTS_LISTED} can be listed")
-        with self._reading() as db:
-            rows = db.execute(
-                SELECT_EVENTS + " WHERE event_id > ? ORDER BY event_id LIMIT ?",
-                (after_id, limit),
-            )
-            return [event_of(row) for row in rows]
+        with self._file.reading() as db:
+            head, events = _events_head(db, after_id), []
+            rows = db.execute(SELECT_EVENTS + " WHERE event_id > ? ORDER BY event_id LIMIT ?", (after_id, limit))
+            for row in rows:
+                event, following = event_of(row), row[-1]
+                check_event_follows(self._name, head, event, following)
+                events.append(event)
+                head = following
+            return events
 
     def last_event(self, vtpm_id: VtpmId, kind: str) -> Event | None:
-        with self._reading() as db:
-            newest = db.execute("SELECT coalesce(max(event_id), 0) FROM event").fetchone()[0]
+        with self._file.reading() as db:
             row = db.execute(
                 SELECT_EVENTS + " WHERE event_id > ? AND vtpm_id = ? AND kind = ? ORDER BY event_id DESC LIMIT 1",
-                (newest - MAX_EVENTS_SEARCHED, vtpm_id.bytes, kind),
+                (self._file.ledger.record.events - MAX_EVENTS_SEARCHED, vtpm_id.bytes, kind),
             ).fetchone()
-            return event_of(row) if row else None
+            if row is None:
+                return None
+            event = event_of(row)
+            check_event_follows(self._name, _events_head(db, event.event_id - 1), event, row[-1])
+            return event
 
-    def _apply(self, db: sqlite3.Connection, save: SaveRequest) -> SaveAck:
+    def _apply(self, change: Change, save: SaveRequest) -> SaveAck:
         """Check one save against the record as it stands in this transaction, then write it."""
         check_save_bounds(save)
-        record = self._get(db, save.vtpm_id)
+        db, record = change.db, change.vtpm(save.vtpm_id)
         check_bound(record, save.instance_id)
-        mark = self._mark(db, save.vtpm_id)
+        mark = find_mark(db, save.vtpm_id.bytes)
         if mark is not None and is_replay(record, mark, save):
             return SaveAck(SaveEffect.REPLAYED, mark.version)
         check_save(record, save)
@@ -274,7 +295,14 @@ class SqliteStore:
         if save.envelope:
             db.execute(
                 REPLACE_STATE,
-                (save.vtpm_id.bytes, save.kind, save.version, save.epoch, save.envelope),
+                (
+                    save.vtpm_id.bytes,
+                    save.kind,
+                    save.version,
+                    save.epoch,
+                    envelope_digest(save.envelope),
+                    save.envelope,
+                ),
             )
         else:
             self._delete_kind(db, save.vtpm_id, save.kind)
@@ -288,72 +316,28 @@ class SqliteStore:
         )
         return SaveAck(SaveEffect.COMMITTED, save.version)
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with translated_errors(self._path):
-            if self._db is None:
-                raise StoreError(f"{self._path} is not open; nothing was acknowledged")
-            try:
-                yield self._db
-            except ValueError as error:
-                # Values that no row of ours has.
-                raise damaged(self._path, str(error)) from error
-
-    @contextlib.contextmanager
-    def _transaction(self, event: Event | None = None) -> Iterator[sqlite3.Connection]:
-        with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                if event is not None:
-                    self._insert_event(db, event)
-                db.execute("COMMIT")
-            except BaseException:
-                # SQLite has rolled back by itself after some errors; if it cannot, reopening does.
-                if db.in_transaction:
-                    with contextlib.suppress(sqlite3.Error):
-                        db.execute("ROLLBACK")
-                raise
-
-    def _drop_connection(self) -> None:
-        if self._db is not None:
-            db, self._db = self._db, None
-            # A close that fails leaves the log behind, which the next opening reads.
-            with contextlib.suppress(sqlite3.Error):
-                db.close()
+    @property
+    def _name(self) -> str:
+        return str(self._file.path)
 
     def _get(self, db: sqlite3.Connection, vtpm_id: VtpmId) -> VtpmRecord:
         row = db.execute(SELECT_RECORDS + " WHERE id = ?", (vtpm_id.bytes,)).fetchone()
-        if row is None:
-            raise NotFoundError(f"there is no vTPM {vtpm_id}")
-        return record_of(row)
+        return self._file.vtpm(row, vtpm_id)
 
     def _states(self, db: sqlite3.Connection, vtpm_id: VtpmId) -> list[SavedState]:
-        rows = db.execute(
-            SELECT_STATES + " WHERE vtpm_id = ? ORDER BY kind",
-            (vtpm_id.bytes,),
-        )
-        return [state_of(row) for row in rows]
-
-    def _mark(self, db: sqlite3.Connection, vtpm_id: VtpmId) -> SaveMark | None:
-        row = db.execute(SELECT_MARKS + " WHERE vtpm_id = ?", (vtpm_id.bytes,)).fetchone()
-        return None if row is None else mark_of(row)
+        states = []
+        for row in db.execute(SELECT_STATES + " WHERE vtpm_id = ? ORDER BY kind", (vtpm_id.bytes,)):
+            state, digest = state_of(row), row[-1]
+            if envelope_digest(state.envelope) != digest:
+                raise edited(self._name, f"{state.kind.name.lower()} state of vTPM {vtpm_id} is not what was saved")
+            states.append(state)
+        return states
 
     def _delete_kind(self, db: sqlite3.Connection, vtpm_id: VtpmId, kind: StateKind) -> None:
         db.execute("DELETE FROM state WHERE vtpm_id = ? AND kind = ?", (vtpm_id.bytes, kind))
 
-    def _insert_event(self, db: sqlite3.Connection, event: Event) -> int:
-        check_event(event)
-        cursor = db.execute(
-            INSERT_EVENT,
-            (
-                microseconds(event.time),
-                event.actor_uid,
-                event.kind,
-                event.vtpm_name,
-                event.vtpm_id.bytes if event.vtpm_id else None,
-                event.detail,
-            ),
-        )
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+
+def _events_head(db: sqlite3.Connection, event_id: int) -> bytes:
+    """Return the head of the audit log as it was after this event."""
+    row = db.execute(SELECT_EVENTS_HEAD + " WHERE event_id <= ? ORDER BY event_id DESC LIMIT 1", (event_id,)).fetchone()
+    return row[1] if row else NO_EVENTS

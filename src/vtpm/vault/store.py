@@ -17,6 +17,7 @@ from typing import Protocol
 from vtpm.errors import VtpmError
 from vtpm.tpm.types import InstanceId, VtpmId
 from vtpm.vault.records import Event, SaveAck, SavedState, SaveMark, SaveRequest, VtpmRecord
+from vtpm.vault.root_record import AnchorValue
 
 SaveOutcome = SaveAck | VtpmError
 """What became of one save of a group: durable, or refused for a reason of its own."""
@@ -28,8 +29,33 @@ MAX_EVENTS_SEARCHED = 10_000
 class Store(Protocol):
     """Durable registry, sealed state and audit log of one host.
 
-    Operations that take an `event` append it to the audit log in the same transaction.
+    Operations that take an `event` append it to the audit log in the same transaction. Each that changes anything
+    writes a root record for the new content in the same transaction (vtpm.vault.root_record); what is refused or fails
+    leaves the record as it was.
     """
+
+    @property
+    def value(self) -> AnchorValue:
+        """What stands for the present content, to be anchored."""
+        ...
+
+    @property
+    def prompt_version(self) -> int:
+        """The last version since opening that must be anchored before it counts, 0 if there was none.
+
+        So are creation, deletion, binding and its end, permits and their use, other wrapped keys, the taking of
+        volatile state, and the life cycle states of a migration. Saves and other words may wait.
+        """
+        ...
+
+    @property
+    def transactions(self) -> int:
+        """How many changing operations were begun since opening, whether they then changed anything or not."""
+        ...
+
+    def set_ancestors(self, base: AnchorValue, attempted: AnchorValue) -> None:
+        """Say what the platform TPM has (`base`), and what it may have by now, for the records to come."""
+        ...
 
     def reopen(self) -> None:
         """Drop whatever connection there is and make a fresh one, after a StoreError.

@@ -15,6 +15,7 @@ from typing import TypeVar
 from vtpm.errors import ConflictError, StateError, StoreError
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
+from vtpm.vault.anchor import AnchorStats
 from vtpm.vault.committer import SAVE_PATIENCE_S, Committer
 from vtpm.vault.envelope import Expected, StateMeta, open_, save_digest, seal
 from vtpm.vault.records import PermitState, SaveAck, SavedState, SaveRequest, VtpmRecord
@@ -165,6 +166,10 @@ class Vault:
             digest = save_digest(session.key, vtpm_id, instance_id, seq, kind, data)
         request = SaveRequest(vtpm_id, instance_id, seq, digest, kind, meta.epoch, meta.version, envelope, permit_id)
         return self._committer.submit(request, patience_s=patience_s)
+
+    def stats(self) -> AnchorStats:
+        """Return what `vtpm status` says of the anchor and of the window that it leaves."""
+        return self._committer.stats()
 
     def _session(self, vtpm_id: VtpmId) -> _Session:
         with self._lock:

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from uuid import UUID
 
-from tests.fault.powerloss.content import VTPM_NAMES, version_of, vtpm_id
+from tests.fault.powerloss.content import MAC_KEY, VTPM_NAMES, version_of, vtpm_id
 from vtpm.embedded_tpm.store import EmbeddedStore
 from vtpm.errors import NotFoundError, VtpmError
 from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, VtpmId
 from vtpm.vault.records import PermitState
+from vtpm.vault.root_record import NOTHING_ANCHORED, AnchorValue
 from vtpm.vault.sqlite_store import SqliteStore
 
 LIMIT_S = 60.0
@@ -26,6 +28,22 @@ _NO_DATABASE = "vtpm.db"
 
 class LostError(Exception):
     """An answered write is not there, or a store does not open."""
+
+
+class AnchorOf:
+    """What the platform TPM had by then, for a store to be opened with."""
+
+    def __init__(self, marks: Mapping[str, str]) -> None:
+        self._anchored = marks.get("anchor")
+
+    def read(self) -> AnchorValue:
+        if self._anchored is None:
+            return NOTHING_ANCHORED
+        version, digest = self._anchored.split(":")
+        return AnchorValue(int(version), bytes.fromhex(digest))
+
+    def write(self, value: AnchorValue) -> None:
+        raise LostError(f"opening a store anchored {value}")
 
 
 def make_file_system(path: Path, size_bytes: int) -> None:
@@ -74,7 +92,7 @@ def _check_vault(out: Path, marks: Mapping[str, str]) -> None:
         raise LostError("the vault that was made is not there")
     if not (out / "vault").exists():
         return
-    with contextlib.closing(SqliteStore(out / "vault")) as store:
+    with contextlib.closing(SqliteStore(out / "vault", Secret(MAC_KEY), AnchorOf(marks))) as store:
         for name in VTPM_NAMES:
             own = VtpmId(vtpm_id(name))
             try:

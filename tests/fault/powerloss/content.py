@@ -5,6 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 VTPM_NAMES = ("web1", "web2")
+MAC_KEY = bytes(range(32))
 IMAGE_BYTES = 16 << 20
 LOG_BYTES = 48 << 20
 DEVICE_SECTOR_BYTES = 512

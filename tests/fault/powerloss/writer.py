@@ -23,6 +23,7 @@ from tests.fault.powerloss.content import (
     DEVICE_SECTOR_BYTES,
     IMAGE_BYTES,
     LOG_BYTES,
+    MAC_KEY,
     VTPM_NAMES,
     blob,
     vtpm_id,
@@ -67,8 +68,10 @@ from vtpm.platform_tpm.sealed_blob import IndexRef, SealedBlob  # noqa: E402
 from vtpm.secret import Secret  # noqa: E402
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId  # noqa: E402
 from vtpm.vault import sqlite_file  # noqa: E402
+from vtpm.vault.anchor import AnchorPolicy  # noqa: E402
 from vtpm.vault.committer import Committer  # noqa: E402
 from vtpm.vault.records import DomainKind, SaveRequest, VtpmRecord  # noqa: E402
+from vtpm.vault.root_record import NOTHING_ANCHORED, AnchorValue  # noqa: E402
 from vtpm.vault.sqlite_store import SqliteStore  # noqa: E402
 
 LIMIT_S = 60.0
@@ -138,13 +141,29 @@ class PlainTpm:
         pass
 
 
+class MarkedAnchor:
+    """The platform TPM, which is on no disk: a value is anchored when its mark is in the log."""
+
+    def __init__(self, mark: Mark) -> None:
+        self._mark = mark
+        self._value = NOTHING_ANCHORED
+
+    def read(self) -> AnchorValue:
+        return self._value
+
+    def write(self, value: AnchorValue) -> None:
+        self._mark(f"anchor={value.version}:{value.digest.hex()}")
+        self._value = value
+
+
 def write(folder: Path, rounds: int, mark: Mark) -> None:
     """Use the three stores in turn; each answer is marked before the next write begins."""
     tpm: Any = PlainTpm()
     none: Any = None
-    store = SqliteStore(folder / "vault")
+    keeper = MarkedAnchor(mark)
+    store = SqliteStore(folder / "vault", Secret(MAC_KEY), keeper)
     mark("vault=1")
-    committer = Committer(store)
+    committer = Committer(store, keeper, AnchorPolicy())
     tpm_store = embedded.EmbeddedStore(folder / "embedded")
     permits = {name: _begin(committer, name, mark) for name in VTPM_NAMES}
     for version in range(1, rounds + 1):

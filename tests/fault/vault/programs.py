@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 from uuid import uuid4
 
-from tests.unit.vault.world import ENGINE, KEY, new_record
+from tests.support.anchor_file import AnchorFile
+from tests.unit.vault.world import ENGINE, KEY, MAC_KEY, new_record
 from vtpm.errors import NotFoundError, StoreError
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault import sqlite_file
+from vtpm.vault.anchor import AnchorPolicy
 from vtpm.vault.committer import Committer
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.vault import PermitGranted, Vault
@@ -79,7 +81,8 @@ def number_in(data: bytes) -> int:
 
 
 def opened(folder: Path, count: int = VTPMS) -> tuple[Committer, Vault, list[Writer]]:
-    committer = Committer(SqliteStore(folder))
+    keeper = AnchorFile(folder.with_name(f"{folder.name}.anchor"))
+    committer = Committer(SqliteStore(folder, MAC_KEY, keeper), keeper, AnchorPolicy())
     vault = Vault(committer)
     return committer, vault, [Writer(committer, vault, f"web{number}") for number in range(count)]
 

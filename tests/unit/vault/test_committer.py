@@ -9,22 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.vault.world import Bound, manufacture, new_record
+from tests.unit.vault.world import LIMIT_S, MAC_KEY, Bound, Gate, MemoryKeeper, manufacture, new_record
 from vtpm.errors import ConflictError, NotFoundError, ProtocolError, StateError, StoreError
+from vtpm.vault.anchor import AnchorPolicy
 from vtpm.vault.committer import Committer
 from vtpm.vault.records import SaveAck, SaveEffect, SaveRequest
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import SaveOutcome, Store
 
-LIMIT_S = 20.0
-
 
 class FaultyStore(SqliteStore):
     """The real store, and faults on demand before or after its own commit."""
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.transactions: list[int] = []
+    def __init__(self, directory: Path, keeper: MemoryKeeper) -> None:
+        super().__init__(directory, MAC_KEY, keeper)
+        self.groups: list[int] = []
         self.reopened = 0
         self.failures_left = 0
         self.fail_after_commit = False
@@ -36,7 +35,7 @@ class FaultyStore(SqliteStore):
         super().reopen()
 
     def commit_saves(self, batch: Sequence[SaveRequest]) -> Sequence[SaveOutcome]:
-        self.transactions.append(len(batch))
+        self.groups.append(len(batch))
         if self.bug is not None:
             raise self.bug
         too_large = any(len(save.envelope) > self.fail_above_bytes for save in batch)
@@ -50,31 +49,19 @@ class FaultyStore(SqliteStore):
         return outcomes
 
 
-class Gate:
-    """Holds the committer's thread inside an operation until opened."""
-
-    def __init__(self, committer: Committer) -> None:
-        self._reached, self._opened = threading.Event(), threading.Event()
-        self._done = committer.run(self._hold)
-        assert self._reached.wait(LIMIT_S)
-
-    def _hold(self, store: Store) -> None:
-        self._reached.set()
-        assert self._opened.wait(LIMIT_S)
-
-    def open(self) -> None:
-        self._opened.set()
-        self._done.result(LIMIT_S)
+@pytest.fixture
+def keeper() -> MemoryKeeper:
+    return MemoryKeeper()
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FaultyStore:
-    return FaultyStore(tmp_path / "vault")
+def store(tmp_path: Path, keeper: MemoryKeeper) -> FaultyStore:
+    return FaultyStore(tmp_path / "vault", keeper)
 
 
 @pytest.fixture
-def committer(store: FaultyStore) -> Iterator[Committer]:
-    committer = Committer(store)
+def committer(store: FaultyStore, keeper: MemoryKeeper) -> Iterator[Committer]:
+    committer = Committer(store, keeper, AnchorPolicy())
     yield committer
     committer.close()
 
@@ -84,7 +71,7 @@ def manufactured(committer: Committer, store: FaultyStore, count: int) -> list[B
         return [manufacture(real, f"web{number}") for number in range(count)]
 
     bounds = committer.run(create).result(LIMIT_S)
-    store.transactions.clear()
+    store.groups.clear()
     return bounds
 
 
@@ -94,7 +81,7 @@ def test_saves_become_one_transaction_when_they_wait_together(store: FaultyStore
     futures = [committer.submit(bound.save(b"new")) for bound in bounds]
     gate.open()
     assert [future.result(LIMIT_S) for future in futures] == [SaveAck(SaveEffect.COMMITTED, 2)] * 32
-    assert store.transactions == [32]
+    assert store.groups == [32]
 
 
 def test_transactions_are_far_fewer_than_saves_when_32_save_at_once(store: FaultyStore, committer: Committer) -> None:
@@ -108,8 +95,8 @@ def test_transactions_are_far_fewer_than_saves_when_32_save_at_once(store: Fault
 
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(save_many, bounds))
-    assert sum(store.transactions) == 320
-    assert len(store.transactions) < 320 / 4
+    assert sum(store.groups) == 320
+    assert len(store.groups) < 320 / 4
 
 
 def test_each_has_its_own_outcome_when_one_of_the_group_is_refused(store: FaultyStore, committer: Committer) -> None:
@@ -126,7 +113,7 @@ def test_save_is_tried_again_when_the_store_comes_back(store: FaultyStore, commi
     (bound,) = manufactured(committer, store, 1)
     store.failures_left = 3
     assert committer.submit(bound.save(b"new"), patience_s=LIMIT_S).result(LIMIT_S).version == 2
-    assert len(store.transactions) == 4
+    assert len(store.groups) == 4
     assert store.reopened == 3
 
 
@@ -220,34 +207,9 @@ def test_operation_is_not_repeated_when_the_store_fails(store: FaultyStore, comm
     assert store.reopened == 1
 
 
-def test_hook_sees_durable_saves_before_they_are_acknowledged(tmp_path: Path) -> None:
-    seen: list[tuple[int, bool]] = []
-    futures: list[Future[SaveAck]] = []
-    store = FaultyStore(tmp_path / "vault")
-    committed = threading.Event()
-
-    def hook(acknowledged: Sequence[tuple[SaveRequest, SaveAck]]) -> None:
-        for request, ack in acknowledged:
-            (state,) = store.read_state(request.vtpm_id)
-            assert state.version == ack.version
-            seen.append((ack.version, futures[-1].done()))
-        if not committed.is_set():
-            committed.set()
-            raise StoreError("the anchor does not answer")
-
-    committer = Committer(store, before_acknowledge=hook)
-    (bound,) = manufactured(committer, store, 1)
-    gate = Gate(committer)
-    futures.append(committer.submit(bound.save(), patience_s=LIMIT_S))
-    gate.open()
-    assert futures[0].result(LIMIT_S) == SaveAck(SaveEffect.REPLAYED, 2)
-    assert seen == [(2, False), (2, False)]
-    committer.close()
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_all_waiting_fail_and_say_why_when_the_store_has_a_bug(store: FaultyStore) -> None:
-    committer = Committer(store)
+def test_all_waiting_fail_and_say_why_when_the_store_has_a_bug(store: FaultyStore, keeper: MemoryKeeper) -> None:
+    committer = Committer(store, keeper, AnchorPolicy())
     first, second, third = manufactured(committer, store, 3)
     store.bug = ZeroDivisionError("a bug")
     gate = Gate(committer)
@@ -264,8 +226,8 @@ def test_all_waiting_fail_and_say_why_when_the_store_has_a_bug(store: FaultyStor
         committer.submit(third.save())
 
 
-def test_what_waits_is_finished_when_closed(store: FaultyStore) -> None:
-    committer = Committer(store)
+def test_what_waits_is_finished_when_closed(store: FaultyStore, keeper: MemoryKeeper) -> None:
+    committer = Committer(store, keeper, AnchorPolicy())
     bounds = manufactured(committer, store, 4)
     gate = Gate(committer)
     futures = [committer.submit(bound.save()) for bound in bounds]

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.vault.world import ENGINE, manufacture, new_record
+from tests.unit.vault.world import manufacture, new_record, open_store
 from vtpm.errors import StateError, StoreError
-from vtpm.vault.sqlite_store import SqliteStore
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 def filled(folder: Path) -> Path:
     """A closed store with three vTPMs; returns its database."""
-    with closing(SqliteStore(folder)) as store:
+    with closing(open_store(folder)) as store:
         for name in ("a", "b", "c"):
             manufacture(store, name)
     return folder / "vtpm.db"
@@ -35,7 +34,7 @@ def refused_and_kept(folder: Path, cause: str) -> None:
     database = folder / "vtpm.db"
     before = database.read_bytes()
     with pytest.raises(StateError, match=cause) as refusal:
-        SqliteStore(folder)
+        open_store(folder)
     assert str(folder) in str(refusal.value)
     assert database.read_bytes() == before
 
@@ -49,7 +48,7 @@ def execute(database: Path, *statements: str) -> None:
 def test_directory_and_files_are_private_when_made_under_a_lax_umask(folder: Path) -> None:
     before = os.umask(0)
     try:
-        with closing(SqliteStore(folder)) as store:
+        with closing(open_store(folder)) as store:
             manufacture(store)
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir()]}
     finally:
@@ -62,7 +61,7 @@ def test_directory_is_refused_when_open_to_others(folder: Path, mode: int) -> No
     folder.mkdir()
     folder.chmod(mode)
     with pytest.raises(StateError, match="open to others"):
-        SqliteStore(folder)
+        open_store(folder)
     assert list(folder.iterdir()) == []
 
 
@@ -79,17 +78,17 @@ def test_database_is_refused_when_it_is_a_link(folder: Path, tmp_path: Path) -> 
 
 
 def test_second_store_is_refused_when_one_is_open(folder: Path) -> None:
-    with closing(SqliteStore(folder)), pytest.raises(StoreError, match="in use by another process"):
-        SqliteStore(folder)
-    SqliteStore(folder).close()
+    with closing(open_store(folder)), pytest.raises(StoreError, match="in use by another process"):
+        open_store(folder)
+    open_store(folder).close()
 
 
 def test_second_process_is_refused_when_store_is_open(folder: Path) -> None:
-    script = "import sys; from pathlib import Path; from vtpm.vault.sqlite_store import SqliteStore;"
-    script += "SqliteStore(Path(sys.argv[1]))"
+    script = "import sys; from pathlib import Path; from tests.unit.vault.world import open_store;"
+    script += "open_store(Path(sys.argv[1]))"
     command = [sys.executable, "-c", script, str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with closing(SqliteStore(folder)):
+    with closing(open_store(folder)):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert "in use by another process" in result.stderr
     assert subprocess.run(command, env=environment, timeout=30).returncode == 0
@@ -104,7 +103,7 @@ def test_store_is_not_begun_anew_when_only_the_log_is_left(folder: Path) -> None
     database = filled(folder)
     database.rename(folder / "vtpm.db-wal")
     with pytest.raises(StateError, match="missing although"):
-        SqliteStore(folder)
+        open_store(folder)
     assert [path.name for path in folder.iterdir()] == ["vtpm.db-wal"]
 
 
@@ -112,7 +111,7 @@ def test_store_is_not_begun_anew_when_only_the_log_is_left(folder: Path) -> None
 def test_store_is_made_when_an_earlier_making_was_interrupted(folder: Path, leftover: str) -> None:
     folder.mkdir(mode=0o700)
     (folder / f"vtpm.db.new{leftover}").write_bytes(b"half made")
-    with closing(SqliteStore(folder)) as store:
+    with closing(open_store(folder)) as store:
         manufacture(store)
     assert [path.name for path in folder.iterdir()] == ["vtpm.db"]
 
@@ -120,7 +119,7 @@ def test_store_is_made_when_an_earlier_making_was_interrupted(folder: Path, left
 def test_second_name_is_removed_when_making_was_interrupted_after_the_link(folder: Path) -> None:
     database = filled(folder)
     (folder / "vtpm.db.new").hardlink_to(database)
-    with closing(SqliteStore(folder)) as store:
+    with closing(open_store(folder)) as store:
         assert len(store.list_vtpms()) == 3
     assert [path.name for path in folder.iterdir()] == ["vtpm.db"]
 
@@ -150,7 +149,7 @@ def test_nothing_but_our_errors_comes_when_bytes_are_changed_at_random(folder: P
             changed[chance.randrange(len(content))] ^= chance.randrange(1, 256)
         (folder / "vtpm.db").write_bytes(changed)
         try:
-            with closing(SqliteStore(folder)) as store:
+            with closing(open_store(folder)) as store:
                 for record in store.list_vtpms():
                     store.read_state(record.id)
                     store.last_save(record.id)
@@ -168,8 +167,14 @@ def test_database_is_refused_when_of_another_application(folder: Path) -> None:
 
 def test_database_is_refused_when_its_schema_is_newer(folder: Path) -> None:
     database = filled(folder)
-    execute(database, "UPDATE vault_schema SET version = 2")
-    refused_and_kept(folder, "schema version 2")
+    execute(database, "UPDATE vault_schema SET version = 3")
+    refused_and_kept(folder, "schema version 3")
+
+
+def test_database_is_refused_when_of_the_schema_before_the_first_release(folder: Path) -> None:
+    database = filled(folder)
+    execute(database, "UPDATE vault_schema SET version = 1", "DROP TABLE root")
+    refused_and_kept(folder, "schema version 1, of a time before the first release")
 
 
 @pytest.mark.parametrize(
@@ -180,10 +185,10 @@ def test_database_is_refused_when_its_schema_is_not_told(folder: Path, statement
     refused_and_kept(folder, "damaged")
 
 
-def test_operation_names_the_file_when_a_table_is_missing(folder: Path) -> None:
-    execute(filled(folder), "DROP TABLE event")
-    with closing(SqliteStore(folder)) as store, pytest.raises(StateError, match=r"vtpm\.db is damaged"):
-        store.list_events()
+@pytest.mark.parametrize("table", ["root", "vtpm", "state", "save_mark", "event"])
+def test_database_is_refused_when_a_table_is_missing(folder: Path, table: str) -> None:
+    execute(filled(folder), f"DROP TABLE {table}")
+    refused_and_kept(folder, r"vtpm\.db is damaged")
 
 
 @pytest.mark.parametrize(
@@ -196,40 +201,11 @@ def test_operation_names_the_file_when_a_table_is_missing(folder: Path) -> None:
 )
 def test_row_is_refused_when_no_program_of_ours_wrote_it(folder: Path, statement: str) -> None:
     execute(filled(folder), statement)
-    with closing(SqliteStore(folder)) as store, pytest.raises(StateError, match="damaged"):
-        store.list_vtpms()
-
-
-@pytest.mark.parametrize("lost", ["DELETE FROM state", "DELETE FROM state WHERE kind = 1"])
-def test_vtpm_never_becomes_blank_when_its_state_rows_are_lost(folder: Path, lost: str) -> None:
-    with closing(SqliteStore(folder)) as store:
-        bound = manufacture(store)
-    execute(folder / "vtpm.db", lost)
-    with closing(SqliteStore(folder)) as store:
-        with pytest.raises(StateError, match="never made blank"):
-            store.load_state(bound.id, bound.instance, ENGINE)
-        with pytest.raises(StateError, match="never made blank"):
-            store.issue_permit(bound.id, bound.instance, ENGINE)
-
-
-@pytest.mark.parametrize(
-    "reset",
-    [
-        ["UPDATE vtpm SET permit_state = 'open', permit_id = NULL"],
-        ["UPDATE vtpm SET permit_state = 'open', permit_id = NULL", "DELETE FROM state"],
-        ["UPDATE vtpm SET permit_state = 'open', permit_id = NULL, state_version = 0"],
-    ],
-)
-def test_permit_is_refused_when_only_the_permit_says_that_nothing_was_saved(folder: Path, reset: list[str]) -> None:
-    with closing(SqliteStore(folder)) as store:
-        bound = manufacture(store)
-    execute(folder / "vtpm.db", *reset)
-    with closing(SqliteStore(folder)) as store, pytest.raises(StateError, match="although"):
-        store.issue_permit(bound.id, bound.instance, ENGINE)
+    refused_and_kept(folder, "damaged")
 
 
 def test_wrapped_key_is_nowhere_in_the_files_when_vtpm_is_deleted(folder: Path) -> None:
-    with closing(SqliteStore(folder)) as store:
+    with closing(open_store(folder)) as store:
         bound, sibling = manufacture(store, "web1"), manufacture(store, "web2")
         assert any(bound.record.wrapped_key in path.read_bytes() for path in folder.iterdir())
         store.unbind_instance(bound.id, bound.instance)
@@ -241,7 +217,7 @@ def test_wrapped_key_is_nowhere_in_the_files_when_vtpm_is_deleted(folder: Path) 
 
 
 def test_store_is_usable_again_when_reopened(folder: Path) -> None:
-    with closing(SqliteStore(folder)) as store:
+    with closing(open_store(folder)) as store:
         store.create_vtpm(new_record())
         store.reopen()
         assert len(store.list_vtpms()) == 1

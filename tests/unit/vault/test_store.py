@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.unit.vault.world import CREATED, ENGINE, Bound, bind, manufacture, new_record, rebind
+from tests.unit.vault.world import CREATED, ENGINE, Bound, bind, manufacture, new_record, open_store, rebind
 from vtpm.errors import (
     ConflictError,
     NotFoundError,
@@ -21,10 +21,9 @@ from vtpm.errors import (
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.envelope import MAX_ENVELOPE_BYTES
 from vtpm.vault.records import Event, PermitState, SaveAck, SaveEffect
-from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
 
-STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "vault")}
+STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: open_store(folder / "vault")}
 
 
 @pytest.fixture(params=STORES)

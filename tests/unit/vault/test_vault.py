@@ -8,10 +8,12 @@ from uuid import uuid4
 
 import pytest
 
-from tests.unit.vault.world import ENGINE, KEY, new_record
+from tests.unit.vault.world import ENGINE, KEY, MemoryKeeper, new_record, open_store
 from vtpm.errors import ConflictError, NotFoundError, ProtocolError, StateError
 from vtpm.tpm.types import MAX_STATE_BYTES, InstanceId, StateKind, VtpmId
+from vtpm.vault.anchor import AnchorPolicy
 from vtpm.vault.committer import Committer
+from vtpm.vault.entries import envelope_digest
 from vtpm.vault.records import SaveAck, SavedState, SaveEffect
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
@@ -27,10 +29,11 @@ class Manager:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.keeper = MemoryKeeper()
         self.start()
 
     def start(self) -> None:
-        self.committer = Committer(SqliteStore(self._folder))
+        self.committer = Committer(open_store(self._folder, self.keeper), self.keeper, AnchorPolicy())
         self.vault = Vault(self.committer)
 
     def stop(self) -> None:
@@ -67,16 +70,26 @@ class Manager:
         return self.vault.save(*arguments).result(LIMIT_S)  # type: ignore[arg-type]
 
     def overwrite(self, vtpm_id: VtpmId, change: Callable[[SavedState], SavedState]) -> None:
-        """Tamper with the stored rows as one who can write the database."""
+        """Tamper with the stored rows, and make the root record fit: what is refused then is refused by the vault."""
 
         def tamper(store: Store) -> None:
             assert isinstance(store, SqliteStore)
             for state in store.read_state(vtpm_id):
                 changed = change(state)
-                store._db.execute(
-                    "UPDATE state SET version = ?, epoch = ?, envelope = ? WHERE vtpm_id = ? AND kind = ?",
-                    (changed.version, changed.epoch, changed.envelope, vtpm_id.bytes, state.kind),
-                )
+                with store._file.changing() as transaction:
+                    transaction.vtpm(vtpm_id)
+                    transaction.db.execute(
+                        "UPDATE state SET version = ?, epoch = ?, digest = ?, envelope = ?"
+                        " WHERE vtpm_id = ? AND kind = ?",
+                        (
+                            changed.version,
+                            changed.epoch,
+                            envelope_digest(changed.envelope),
+                            changed.envelope,
+                            vtpm_id.bytes,
+                            state.kind,
+                        ),
+                    )
 
         self.run(tamper)
 
