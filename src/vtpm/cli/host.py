@@ -46,7 +46,15 @@ def status(session: Session) -> None:
             ("manufacturer", platform.manufacturer or "-"),
             ("TCTI", platform.tcti or "-"),
             ("PCRs", platform.pcrs or "-"),
-            ("root key", platform.protection),
+            ("root key", f"{platform.protection}, {'LOCKED' if platform.locked else 'open'}"),
+            ("recovery key", platform.recovery or "none"),
+        ]
+    if now.anchor is not None:
+        anchor = now.anchor
+        every = f", every {anchor.interval_s} s" if anchor.interval_s else ""
+        fields += [
+            ("anchor", f"{anchor.mode}{every}: {anchor.writes} writes for {anchor.commits} commits"),
+            ("rollback window", anchor.window),
         ]
     print_fields(fields)
     if now.services:

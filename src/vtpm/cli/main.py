@@ -13,12 +13,16 @@ import click
 
 from vtpm.cli.host import completion, events, shutdown, status
 from vtpm.cli.output import Output, print_error
+from vtpm.cli.platform import policy, recover, recovery_key
 from vtpm.cli.run import run
 from vtpm.cli.session import json_option, socket_option
 from vtpm.cli.vtpms import create, delete, list_vtpms, migrate, show, start, stop
 from vtpm.errors import UsageError, VtpmError
 
-_COMMANDS = (status, create, start, stop, delete, list_vtpms, show, events, run, migrate, shutdown, completion)
+_COMMANDS = (
+    *(status, create, start, stop, delete, list_vtpms, show, events, run, migrate),
+    *(policy, recovery_key, recover, shutdown, completion),
+)
 
 
 class _InOrder(click.Group):

@@ -13,7 +13,7 @@ import socket
 import ssl
 import types
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 from uuid import UUID
@@ -26,10 +26,13 @@ from vtpm.errors import AccessDeniedError, ProtocolError, UnavailableError, Usag
 from vtpm.tpm.types import Startup, TpmVersion
 from vtpm.wire.api import (
     MANAGER_SOCKET,
+    AllowPcrs,
     ApiError,
     AuditEvent,
     CreateVtpm,
     DomainName,
+    Policy,
+    RecoveryKeyText,
     ShutDown,
     StartVtpm,
     Status,
@@ -48,6 +51,7 @@ EVENTS_PER_PAGE = 100
 Vtpms: TypeAlias = list[Vtpm]
 AuditEvents: TypeAlias = list[AuditEvent]
 # Aliases, for in the class below `list` is a method.
+Body: TypeAlias = CreateVtpm | StartVtpm | StopVtpm | AllowPcrs | RecoveryKeyText
 
 _START_IT = "Start it: vtpm-managerd, or systemctl start vtpm-managerd"
 _ERRORS: Mapping[str, type[VtpmError]] = {
@@ -186,17 +190,54 @@ class ManagerClient:
                 after = _last_id(page, after)
                 yield from page
 
+    def policy(self) -> Policy:
+        """Return the PCR values under which the root key opens."""
+        return self._policy(self._request("GET", "/v1/policy"))
+
+    def policy_allow(self, label: str, values: Sequence[str]) -> Policy:
+        """Have the root key open under further PCR values, hex in the selection's order.
+
+        Raises:
+            UsageError: values that are not of the selection's form.
+            ConflictError: the label is taken, or there are as many sets as there can be.
+        """
+        return self._policy(self._request("POST", "/v1/policy", AllowPcrs(label, [*values])))
+
+    def policy_drop(self, label: str) -> Policy:
+        """Have the root key open under these PCR values no more.
+
+        Raises:
+            NotFoundError: there is no such set.
+            ConflictError: it is the last one.
+        """
+        return self._policy(self._request("DELETE", f"/v1/policy/{urllib.parse.quote(label, safe='')}"))
+
+    def new_recovery_key(self) -> str:
+        """Make a recovery key and return its text, which is kept nowhere; an earlier one opens nothing any more."""
+        return decode(RecoveryKeyText, self._request("POST", "/v1/recovery-key"), "the recovery key").recovery_key
+
+    def recover(self, recovery_key: str) -> Status:
+        """Open the vault by the recovery key and seal the root key to the platform TPM as it is now.
+
+        Raises:
+            ConflictError: the root key is open.
+            StateError: it is another key, or nothing was escrowed to it.
+        """
+        body = RecoveryKeyText(recovery_key)
+        return decode(Status, self._request("POST", "/v1/recover", body), "the status")
+
     def shutdown(self) -> ShutDown:
         """Stop every vTPM in order, then all host services; returns what was stopped."""
         answer = self._request("POST", "/v1/shutdown", read_s=max(self.timeout_s, SHUTDOWN_TIMEOUT_S))
         return decode(ShutDown, answer, "what the shutdown stopped")
 
+    def _policy(self, answer: Any) -> Policy:
+        return decode(Policy, answer, "the policy")
+
     def _vtpm(self, answer: Any) -> Vtpm:
         return decode(Vtpm, answer, "the vTPM")
 
-    def _request(
-        self, method: str, path: str, body: CreateVtpm | StartVtpm | StopVtpm | None = None, read_s: float | None = None
-    ) -> Any:
+    def _request(self, method: str, path: str, body: Body | None = None, read_s: float | None = None) -> Any:
         content = None if body is None else json.dumps(dataclasses.asdict(body), default=str).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
         read_s = read_s or self.timeout_s

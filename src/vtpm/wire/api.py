@@ -11,6 +11,11 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     POST   /v1/vtpms/{name}/start        StartVtpm -> Vtpm
     POST   /v1/vtpms/{name}/stop         StopVtpm -> Vtpm
     GET    /v1/events?after=N&limit=N&wait_s=N   list of AuditEvent; waits up to wait_s (30 at most) for the first one
+    GET    /v1/policy                    Policy: the PCR values that the root key opens under
+    POST   /v1/policy                    AllowPcrs -> Policy (201)
+    DELETE /v1/policy/{label}            Policy
+    POST   /v1/recovery-key              RecoveryKeyText; replaces an earlier recovery key
+    POST   /v1/recover                   RecoveryKeyText -> Status
     POST   /v1/shutdown                  ShutDown (services end after the reply)
 """
 
@@ -160,7 +165,15 @@ class ServiceStatus:
 
 @dataclass(frozen=True)
 class PlatformStatus:
-    """The platform TPM and what protects the root key: kind embedded or hardware, protection unprotected or sealed."""
+    """The platform TPM and what protects the root key.
+
+    Args:
+        kind: embedded or hardware.
+        protection: unprotected or sealed.
+        locked: why the root key is not open; empty when it is.
+        recovery: fingerprint of the recovery key, empty when none was made.
+        resets: how often the TPM was reset or started again under the keeper.
+    """
 
     kind: str
     tcti: str
@@ -168,6 +181,63 @@ class PlatformStatus:
     pcrs: str
     protection: str
     reachable: bool
+    locked: str = ""
+    recovery: str = ""
+    resets: int = 0
+
+
+@dataclass(frozen=True)
+class AnchorStatus:
+    """What keeps an older store from being put back.
+
+    Args:
+        mode: "each-commit" or "interval".
+        interval_s: of interval mode, seconds; 0 otherwise.
+        commits: transactions since the manager started.
+        writes: anchor writes to the platform TPM since the manager started.
+        unanchored_s: age of the oldest commit that is not anchored yet, seconds; 0 when all are.
+        window: which older store would be accepted, in words.
+    """
+
+    mode: str
+    interval_s: int
+    commits: int
+    writes: int
+    unanchored_s: int
+    window: str
+
+
+@dataclass(frozen=True)
+class PcrSet:
+    """PCR values (hex, in the selection's order) under which the root key opens, and whether they are those of now."""
+
+    label: str
+    values: list[str]
+    matches: bool
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the root key opens under: at least one of `sets`. `current` is what the PCRs hold now."""
+
+    selection: str
+    sets: list[PcrSet]
+    current: list[str]
+
+
+@dataclass(frozen=True)
+class AllowPcrs:
+    """PCR values to allow, under a label of their own."""
+
+    label: str
+    values: list[str]
+
+
+@dataclass(frozen=True)
+class RecoveryKeyText:
+    """A recovery key as it is written down."""
+
+    recovery_key: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -181,7 +251,7 @@ class ProtectionStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What `vtpm status` shows. `platform` is None when the keeper does not answer."""
+    """What `vtpm status` shows. `platform` is None when the keeper does not answer, `anchor` when no store is open."""
 
     version: str
     api_version: int
@@ -190,6 +260,7 @@ class Status:
     vtpms: int
     running: int
     platform: PlatformStatus | None
+    anchor: AnchorStatus | None = None
     services: list[ServiceStatus] = field(default_factory=list)
     confinement: list[ProtectionStatus] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from tests.unit.cli.conftest import PROGRAM, TIMEOUT_S, Cli, finish, start_program
@@ -43,6 +44,12 @@ EVERY_COMMAND = [
     ["events"],
     ["events", "--follow"],
     ["run", "web1", "--", "true"],
+    ["policy", "show"],
+    ["policy", "predict"],
+    ["policy", "allow", "next"],
+    ["policy", "drop", "set-up", "--yes"],
+    ["recovery-key"],
+    ["recover", "--yes", "--key-file", "/dev/null"],
     ["shutdown"],
 ]
 
@@ -54,14 +61,24 @@ def as_json(value: object) -> Any:
 def test_the_commands_are_those_of_the_design_when_help_is_asked(cli: Cli) -> None:
     ended = cli("--help")
     assert ended.status == 0
-    named = ["status", "create", "start", "stop", "delete", "list", "show", "events", "run", "migrate", "shutdown"]
+    named = ["status", "create", "start", "stop", "delete", "list", "show", "events", "run", "migrate"]
+    named += ["policy", "recovery-key", "recover", "shutdown"]
     assert list(command_group.commands) == [*named, "completion"]
     assert all(f"\n  {name} " in ended.out for name in named)
 
 
-@pytest.mark.parametrize("name", list(command_group.commands))
-def test_every_command_has_help_and_json_when_asked(cli: Cli, name: str) -> None:
-    ended = cli(name, "--help")
+def _words() -> list[list[str]]:
+    """Every command's words, those of groups among them."""
+    return [
+        [name, *more]
+        for name, command in command_group.commands.items()
+        for more in ([[inner] for inner in command.commands] if isinstance(command, click.Group) else [[]])
+    ]
+
+
+@pytest.mark.parametrize("words", _words(), ids=" ".join)
+def test_every_command_has_help_and_json_when_asked(cli: Cli, words: list[str]) -> None:
+    ended = cli(*words, "--help")
     assert (ended.status, ended.err) == (0, "")
     assert "--json" in ended.out
 

@@ -26,8 +26,11 @@ from vtpm.wire.api import (
     LifeState,
     Lockout,
     Owner,
+    PcrSet,
     PlatformStatus,
+    Policy,
     ProtectionStatus,
+    RecoveryKeyText,
     ServiceStatus,
     ShutDown,
     Status,
@@ -75,6 +78,10 @@ STATUS = Status(
 )
 
 
+PCR_0, PCR_7 = "11" * 32, "22" * 32
+RECOVERY_KEY = "VTPM-RECOVERY-KEY-1\nAAAA-BBBB"
+
+
 def event(number: int) -> AuditEvent:
     """Return an audit event with that id."""
     return AuditEvent(number, "2026-07-01T10:00:00Z", 0, "vtpm.started", "web1", {"pid": number, "by": "cli"})
@@ -100,6 +107,10 @@ class CannedManager:
     socket_path: Path
     vtpms: dict[str, Vtpm] = field(default_factory=dict)
     status: Status = STATUS
+    policy: Policy = field(
+        default_factory=lambda: Policy("sha256:0,7", [PcrSet("set-up", [PCR_0, PCR_7], True)], [PCR_0, PCR_7])
+    )
+    recovered_with: str = ""
     events: list[AuditEvent] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     answer: tuple[int, bytes, int] | None = None
@@ -153,6 +164,19 @@ class CannedManager:
             case ["GET", "events"]:
                 query = {key: int(value) for key, value in urllib.parse.parse_qsl(parts.query)}
                 return 200, self._events(**query)
+            case ["GET", "policy"]:
+                return 200, self.policy
+            case ["POST", "policy"]:
+                self.policy.sets.append(PcrSet(body["label"], body["values"], False))
+                return 201, self.policy
+            case ["DELETE", "policy", label]:
+                self.policy.sets[:] = [found for found in self.policy.sets if found.label != label]
+                return 200, self.policy
+            case ["POST", "recovery-key"]:
+                return 201, RecoveryKeyText(RECOVERY_KEY)
+            case ["POST", "recover"]:
+                self.recovered_with = body["recovery_key"]
+                return 200, self.status
             case ["GET", "vtpms", name]:
                 return 200, self._find(name)
             case ["DELETE", "vtpms", name]:

@@ -1,0 +1,232 @@
+"""Commands on the root key: the PCR values that it opens under, and its recovery."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from vtpm.cli.output import Output, print_fields, print_json, print_line, print_message, print_table
+from vtpm.cli.session import Session, confirm, json_option, pass_session, yes_option
+from vtpm.errors import UsageError
+from vtpm.wire.api import Policy
+
+_MAX_KEY_CHARS = 1024
+
+
+@click.group()
+def policy() -> None:
+    """Say under which PCR values the root key opens: allow the next boot before an update, drop the last one after."""
+
+
+@policy.command("show")
+@json_option
+@pass_session
+def show_policy(session: Session) -> None:
+    """Show the allowed sets of PCR values, and what the PCRs hold now."""
+    with session.connect() as manager:
+        _print_policy(manager.policy(), session.output)
+
+
+@policy.command()
+@click.option("--pcr", "pcrs", multiple=True, metavar="N=HEX", help="What a PCR will hold; the others stay as now.")
+@click.option("--extend", "extends", multiple=True, metavar="N=HEX", help="A digest that will be extended into a PCR.")
+@json_option
+@pass_session
+def predict(session: Session, pcrs: tuple[str, ...], extends: tuple[str, ...]) -> None:
+    """Print the PCR values that `allow` would allow with the same options; changes nothing."""
+    with session.connect() as manager:
+        state = manager.policy()
+    values = predicted(state, pcrs, extends)
+    indexes = pcr_indexes(state.selection)
+    if session.output is Output.JSON:
+        print_json(dict(zip((str(index) for index in indexes), values, strict=True)))
+        return
+    print_table(
+        ("PCR", "NOW", "PREDICTED"),
+        [
+            (str(index), now, "the same" if now == then else then)
+            for index, now, then in zip(indexes, state.current, values, strict=True)
+        ],
+    )
+
+
+@policy.command()
+@click.argument("label")
+@click.option("--pcr", "pcrs", multiple=True, metavar="N=HEX", help="What a PCR will hold; the others stay as now.")
+@click.option("--extend", "extends", multiple=True, metavar="N=HEX", help="A digest that will be extended into a PCR.")
+@json_option
+@pass_session
+def allow(session: Session, label: str, pcrs: tuple[str, ...], extends: tuple[str, ...]) -> None:
+    """Allow a further set of PCR values, under the name LABEL; without options, those of now."""
+    with session.connect() as manager:
+        values = predicted(manager.policy(), pcrs, extends)
+        _print_policy(manager.policy_allow(label, values), session.output)
+
+
+@policy.command()
+@click.argument("label")
+@yes_option
+@json_option
+@pass_session
+def drop(session: Session, label: str, yes: bool) -> None:
+    """Allow the set of PCR values named LABEL no more."""
+    with session.connect() as manager:
+        state = manager.policy()
+        if not yes and any(found.matches and found.label == label for found in state.sets):
+            alone = sum(found.matches for found in state.sets) == 1
+            if alone:
+                confirm(
+                    f"{label} is the set that this boot has: without it the next start of the keeper needs the recovery"
+                    " key. Drop it?",
+                    refusal=f"{label} stays allowed",
+                )
+        _print_policy(manager.policy_drop(label), session.output)
+
+
+@click.command("recovery-key")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write it to a new file, instead of printing it."
+)
+@yes_option
+@json_option
+@pass_session
+def recovery_key(session: Session, output: Path | None, yes: bool) -> None:
+    """Make the recovery key, and show it once: write it down and keep it offline.
+
+    It opens the vault when the platform TPM is lost or its PCRs have changed. It is kept nowhere; one that was made
+    before opens nothing any more.
+    """
+    with session.connect() as manager:
+        platform = manager.status().platform
+        if platform is not None and platform.recovery and not yes:
+            confirm(
+                f"The recovery key {platform.recovery} will open nothing any more. Make a new one?",
+                refusal="the recovery key stays as it is",
+            )
+        # Opened before the key is made: one that cannot be kept would only replace another.
+        fd = None if output is None else _new_private_file(output)
+        text = manager.new_recovery_key()
+    if fd is not None:
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(f"{text}\n")
+            file.flush()
+            os.fsync(fd)
+        print_message(f"written to {output}: move it to a place that is not this machine")
+    elif session.output is Output.JSON:
+        print_json({"recovery_key": text})
+    else:
+        print_line(text)
+        print_message("write it down and keep it off this machine; it is shown this once")
+
+
+@click.command()
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    default="-",
+    show_default="standard input",
+    metavar="FILE",
+    help="Holds the recovery key.",
+)
+@yes_option
+@json_option
+@pass_session
+def recover(session: Session, key_file: Path, yes: bool) -> None:
+    """Open the vault by the recovery key, and seal the root key to the platform TPM as it is now.
+
+    For a platform TPM that was lost or cleared, or PCRs that changed for a reason that you know.
+    """
+    if not yes and key_file == Path("-"):
+        raise UsageError("the recovery key comes from standard input, so nobody can be asked", next_step="Say --yes")
+    if not yes:
+        confirm(
+            "Whatever this machine booted will be trusted with every vTPM, and the store as it is taken for the newest."
+            " Recover?",
+            refusal="nothing is recovered",
+        )
+    text = _read_key(key_file)
+    with session.connect() as manager:
+        status = manager.recover(text)
+    if session.output is Output.JSON:
+        print_json(status)
+    else:
+        print_line("recovered: the root key is sealed to the platform TPM as it is now")
+
+
+def pcr_indexes(selection: str) -> list[int]:
+    """Return the PCRs of a selection such as "sha256:0,2,4,7", in its order."""
+    return [int(index) for index in selection.partition(":")[2].split(",")]
+
+
+def predicted(state: Policy, pcrs: tuple[str, ...], extends: tuple[str, ...]) -> list[str]:
+    """Return the values, hex in the selection's order, that follow from those of now and the options.
+
+    Raises:
+        UsageError: an option is not N=HEX, names a PCR that is not in the selection, or has another length.
+    """
+    import hashlib
+
+    bank = state.selection.partition(":")[0]
+    values = dict(zip(pcr_indexes(state.selection), state.current, strict=True))
+    for index, value in (_assignment("--pcr", word, values) for word in pcrs):
+        values[index] = value
+    for index, value in (_assignment("--extend", word, values) for word in extends):
+        values[index] = hashlib.new(bank, bytes.fromhex(values[index]) + bytes.fromhex(value)).hexdigest()
+    return list(values.values())
+
+
+def _assignment(option: str, word: str, values: dict[int, str]) -> tuple[int, str]:
+    number, _, text = word.partition("=")
+    if not number.isdecimal() or int(number) not in values:
+        known = ", ".join(map(str, values))
+        raise UsageError(f"{option} {word}: not one of the PCRs that the root key is sealed under ({known})")
+    wanted = len(next(iter(values.values())))
+    try:
+        value = bytes.fromhex(text).hex()
+    except ValueError:
+        value = ""
+    if len(value) != wanted:
+        raise UsageError(f"{option} {word}: the value must have {wanted} hexadecimal digits")
+    return int(number), value
+
+
+def _print_policy(state: Policy, output: Output) -> None:
+    if output is Output.JSON:
+        print_json(state)
+        return
+    print_fields([("PCRs", state.selection)])
+    click.echo()
+    print_table(
+        ("ALLOWED", "MATCHES NOW", "PCR VALUES"),
+        [
+            (
+                found.label,
+                "yes" if found.matches else "no",
+                " ".join(
+                    f"{index}={value[:16]}"
+                    for index, value in zip(pcr_indexes(state.selection), found.values, strict=True)
+                ),
+            )
+            for found in state.sets
+        ],
+    )
+
+
+def _new_private_file(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"the file {path} cannot be made: {error.strerror}", next_step="Name a new file") from error
+
+
+def _read_key(path: Path) -> str:
+    try:
+        if path == Path("-"):
+            return sys.stdin.read(_MAX_KEY_CHARS)
+        with path.open(encoding="ascii") as file:
+            return file.read(_MAX_KEY_CHARS)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recovery key cannot be read from {path}: {error}") from error

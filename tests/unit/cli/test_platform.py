@@ -1,0 +1,101 @@
+"""policy, recovery-key and recover: what they ask of the manager, what they print, and what they refuse to do."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import Cli
+from tests.unit.client.canned_manager import PCR_0, PCR_7, RECOVERY_KEY, STATUS, CannedManager
+from vtpm.wire.api import PcrSet
+
+VALUE = "ab" * 32
+
+
+def test_allowed_sets_are_shown_when_asked(cli: Cli, manager: CannedManager) -> None:
+    manager.policy.sets.append(PcrSet("next\x1b[2J", [VALUE, PCR_7], False))
+    shown = cli("policy", "show")
+    assert shown.status == 0
+    assert "set-up" in shown.out
+    assert "\x1b" not in shown.out
+    assert json.loads(cli("policy", "show", "--json").out)["sets"][1]["values"] == [VALUE, PCR_7]
+
+
+def test_prediction_follows_the_options_and_changes_nothing_when_made(cli: Cli, manager: CannedManager) -> None:
+    extended = hashlib.sha256(bytes.fromhex(PCR_0 + VALUE)).hexdigest()
+    assert json.loads(cli("policy", "predict", "--json").out) == {"0": PCR_0, "7": PCR_7}
+    assert json.loads(cli("policy", "predict", "--pcr", f"7={VALUE}", "--json").out) == {"0": PCR_0, "7": VALUE}
+    assert json.loads(cli("policy", "predict", "--extend", f"0={VALUE}", "--json").out) == {"0": extended, "7": PCR_7}
+    assert set(manager.methods()) == {"GET /v1/policy"}
+
+
+def test_what_was_predicted_is_allowed_when_told_so(cli: Cli, manager: CannedManager) -> None:
+    assert cli("policy", "allow", "kernel 6.2", "--pcr", f"7={VALUE}").status == 0
+    assert manager.policy.sets[1] == PcrSet("kernel 6.2", [PCR_0, VALUE], False)
+    assert cli("policy", "drop", "kernel 6.2").status == 0
+    assert [found.label for found in manager.policy.sets] == ["set-up"]
+
+
+@pytest.mark.parametrize("word", ["9=" + VALUE, "7", "7=abc", "7=" + "zz" * 32, "-1=" + VALUE, "x=" + VALUE])
+def test_option_is_refused_by_name_when_it_is_no_pcr_value(cli: Cli, manager: CannedManager, word: str) -> None:
+    for option in ("--pcr", "--extend"):
+        refused = cli("policy", "allow", "next", option, word)
+        assert refused.status == 2
+        assert word in refused.err
+    assert len(manager.policy.sets) == 1
+
+
+def test_the_last_set_that_matches_stays_when_nobody_can_be_asked(cli: Cli, manager: CannedManager) -> None:
+    manager.policy.sets.append(PcrSet("next", [VALUE, PCR_7], False))
+    refused = cli("policy", "drop", "set-up")
+    assert refused.status == 2
+    assert "--yes" in refused.err
+    assert len(manager.policy.sets) == 2
+    assert cli("policy", "drop", "set-up", "--yes").status == 0
+
+
+def test_recovery_key_is_shown_once_or_written_to_a_new_file(cli: Cli, manager: CannedManager, tmp_path: Path) -> None:
+    shown = cli("recovery-key", "--json")
+    assert json.loads(shown.out) == {"recovery_key": RECOVERY_KEY}
+    path = tmp_path / "key"
+    written = cli("recovery-key", "--output", str(path))
+    assert written.status == 0
+    assert "AAAA" not in written.out + written.err
+    assert path.read_text() == f"{RECOVERY_KEY}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    asked = len(manager.asked)
+    refused = cli("recovery-key", "--output", str(path))
+    assert refused.status == 2
+    assert "POST /v1/recovery-key" not in manager.methods()[asked:]
+
+
+def test_recovery_key_stays_when_there_is_one_and_nobody_can_be_asked(cli: Cli, manager: CannedManager) -> None:
+    assert STATUS.platform is not None
+    manager.status = replace(STATUS, platform=replace(STATUS.platform, recovery="7B2J-0000"))
+    refused = cli("recovery-key")
+    assert refused.status == 2
+    assert "stays as it is" in refused.err
+    assert "POST /v1/recovery-key" not in manager.methods()
+    assert cli("recovery-key", "--yes").status == 0
+
+
+def test_recover_takes_the_key_from_a_file_or_standard_input(
+    cli: Cli, manager: CannedManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "key"
+    path.write_text(RECOVERY_KEY)
+    assert cli("recover", "--key-file", str(path), "--yes").status == 0
+    assert manager.recovered_with == RECOVERY_KEY
+    manager.recovered_with = ""
+    monkeypatch.setattr("sys.stdin", io.StringIO(RECOVERY_KEY))
+    assert cli("recover").status == 2
+    assert manager.recovered_with == ""
+    assert cli("recover", "--yes").status == 0
+    assert manager.recovered_with == RECOVERY_KEY
+    for unreadable in (tmp_path, tmp_path / "absent"):
+        assert cli("recover", "--key-file", str(unreadable), "--yes").status == 2
