@@ -234,6 +234,11 @@ def test_openapi_document_names_every_route_when_asked_for(raw: httpx.Client) ->
         ("/v1/vtpms/{name}/start", "post"),
         ("/v1/vtpms/{name}/stop", "post"),
         ("/v1/events", "get"),
+        ("/v1/policy", "get"),
+        ("/v1/policy", "post"),
+        ("/v1/policy/{label}", "delete"),
+        ("/v1/recovery-key", "post"),
+        ("/v1/recover", "post"),
         ("/v1/shutdown", "post"),
     }
 

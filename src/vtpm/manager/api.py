@@ -12,12 +12,16 @@ from starlette.exceptions import HTTPException
 
 from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
+from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.wire.api import (
     HTTP_STATUS,
+    AllowPcrs,
     ApiError,
     AuditEvent,
     CreateVtpm,
+    Policy,
+    RecoveryKeyText,
     ShutDown,
     StartVtpm,
     Status,
@@ -41,12 +45,16 @@ By = Annotated[Caller, Depends(_caller)]
 
 
 def make_app(
-    service: ManagerService, caller_of: Callable[[int, int], Caller], shut_down: Callable[[], None]
+    service: ManagerService,
+    platform: PlatformService,
+    caller_of: Callable[[int, int], Caller],
+    shut_down: Callable[[], None],
 ) -> FastAPI:
     """Make the ASGI application.
 
     Args:
-        service: does the work.
+        service: does the work on vTPMs.
+        platform: does the work on the root key.
         caller_of: says who a uid and gid is.
         shut_down: ends the host's services, once the reply to a shutdown is on its way.
     """
@@ -82,37 +90,40 @@ def make_app(
             error.status_code,
         )
 
+    # What needs the vault waits for it here, or hears why it is not open.
+    vault = [Depends(service.door.opened)]
+
     # Names are matched as paths: a client's "../x" must be refused as a name, not as an unknown route.
 
     @app.get("/v1/status")
     async def status(who: By) -> Status:
         return await service.status(who)
 
-    @app.get("/v1/vtpms")
+    @app.get("/v1/vtpms", dependencies=vault)
     async def list_vtpms(who: By) -> list[Vtpm]:
         return list(await service.list(who))
 
-    @app.post("/v1/vtpms", status_code=201)
+    @app.post("/v1/vtpms", status_code=201, dependencies=vault)
     async def create(wanted: CreateVtpm, who: By) -> Vtpm:
         return await service.create(wanted, who)
 
-    @app.get("/v1/vtpms/{name:path}")
+    @app.get("/v1/vtpms/{name:path}", dependencies=vault)
     async def show(name: str, who: By) -> Vtpm:
         return await service.show(name, who)
 
-    @app.delete("/v1/vtpms/{name:path}", status_code=204)
+    @app.delete("/v1/vtpms/{name:path}", status_code=204, dependencies=vault)
     async def delete(name: str, who: By) -> None:
         await service.delete(name, who)
 
-    @app.post("/v1/vtpms/{name:path}/start")
+    @app.post("/v1/vtpms/{name:path}/start", dependencies=vault)
     async def start(name: str, who: By, how: Annotated[StartVtpm | None, Body()] = None) -> Vtpm:
         return await service.start(name, (how or StartVtpm()).startup, who)
 
-    @app.post("/v1/vtpms/{name:path}/stop")
+    @app.post("/v1/vtpms/{name:path}/stop", dependencies=vault)
     async def stop(name: str, who: By, how: Annotated[StopVtpm | None, Body()] = None) -> Vtpm:
         return await service.stop(name, who, force=(how or StopVtpm()).force)
 
-    @app.get("/v1/events")
+    @app.get("/v1/events", dependencies=vault)
     async def events(
         who: By,
         after: Annotated[int, Query(ge=0, le=2**62)] = 0,
@@ -120,6 +131,27 @@ def make_app(
         wait_s: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0,
     ) -> list[AuditEvent]:
         return list(await service.events(after, limit, wait_s, who))
+
+    @app.get("/v1/policy")
+    async def policy(who: By) -> Policy:
+        return await platform.policy(who)
+
+    @app.post("/v1/policy", status_code=201, dependencies=vault)
+    async def allow(wanted: AllowPcrs, who: By) -> Policy:
+        return await platform.allow(wanted, who)
+
+    @app.delete("/v1/policy/{label:path}", dependencies=vault)
+    async def drop(label: str, who: By) -> Policy:
+        return await platform.drop(label, who)
+
+    @app.post("/v1/recovery-key", status_code=201, dependencies=vault)
+    async def recovery_key(who: By) -> RecoveryKeyText:
+        return await platform.new_recovery_key(who)
+
+    @app.post("/v1/recover")
+    async def recover(given: RecoveryKeyText, who: By) -> Status:
+        await platform.recover(given, who)
+        return await service.status(who)
 
     @app.post("/v1/shutdown")
     async def shutdown(who: By) -> ShutDown:

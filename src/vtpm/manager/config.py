@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtpm.errors import UsageError
+from vtpm.vault.anchor import AnchorPolicy
 from vtpm.wire.paths import default_run_dir, default_state_dir
 
 UID_BASE = 0x76740000
@@ -27,6 +28,10 @@ class Config:
         run_dir: sockets.
         platform_tpm: "embedded", or a tpm2-tss TCTI such as "device:/dev/tpmrm0".
         pcrs: PCRs that the root key is sealed under, at the first start.
+        zero_pcrs: "refuse" or "warn": what to do with a hardware TPM whose PCRs are all zero at set-up.
+        fence_pcr: PCR, one of `pcrs`, that is extended once the root key is open; 0 for no fence.
+        anchor: "each-commit", "interval", or "auto": the first for the embedded TPM, the second for hardware's wear.
+        anchor_interval_s: seconds that an answered change waits for its anchor at most, in interval mode.
         uid_base: see decision record 5; used when started by root.
         admin_uids: who, besides root, may see and do everything.
         create_gids: members of these groups (as their primary group) may have vTPMs of their own.
@@ -36,9 +41,23 @@ class Config:
     run_dir: Path
     platform_tpm: str = "embedded"
     pcrs: str = "sha256:0,2,4,7"
+    zero_pcrs: str = "refuse"
+    fence_pcr: int = 0
+    anchor: str = "auto"
+    anchor_interval_s: int = 60
     uid_base: int = UID_BASE
     admin_uids: tuple[int, ...] = ()
     create_gids: tuple[int, ...] = ()
+
+    @property
+    def anchor_policy(self) -> AnchorPolicy:
+        """When changes are anchored in the platform TPM."""
+        embedded = self.platform_tpm == "embedded"
+        each = self.anchor == "each-commit" or (self.anchor == "auto" and embedded)
+        return AnchorPolicy(None if each else float(self.anchor_interval_s))
+
+
+_CHOICES = {"zero_pcrs": ("refuse", "warn"), "anchor": ("auto", "each-commit", "interval")}
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
@@ -78,7 +97,7 @@ def _setting(path: Path, name: str, value: object, kind: str | None) -> object:
         raise UsageError(f"the configuration {path} has the unknown setting {name}")
     if kind == "Path" and isinstance(value, str):
         return Path(value)
-    if kind == "str" and isinstance(value, str):
+    if kind == "str" and isinstance(value, str) and value in _CHOICES.get(name, (value,)):
         return value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31 - 2**17:
         return value

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtpm.errors import VtpmError
+from vtpm.vault.anchor import AnchorMode, AnchorStats
 from vtpm.vault.records import Event, VtpmRecord
 from vtpm.wire.api import (
     API_VERSION,
+    AnchorStatus,
     AuditEvent,
     Client,
     DomainName,
@@ -82,9 +84,11 @@ def status(
     keeper: KeeperStatus | VtpmError,
     launcher: LauncherStatus | VtpmError,
     protections: Sequence[ProtectionLine],
+    stats: AnchorStats | None,
+    trouble: VtpmError | None,
 ) -> Status:
-    """Describe the host; a service that does not answer is given as its error."""
-    warnings: list[str] = []
+    """Describe the host; a service that does not answer, and a vault that is not open, are given as their errors."""
+    warnings = [f"The vault is not open: {trouble}"] if trouble else []
     platform = None
     services = []
     if isinstance(keeper, VtpmError):
@@ -99,7 +103,14 @@ def status(
             keeper.pcr_selection,
             keeper.protection,
             keeper.reachable,
+            keeper.locked,
+            keeper.recovery,
+            keeper.resets,
         )
+        if not keeper.locked and not keeper.recovery:
+            warnings.append(
+                "There is no recovery key: with this platform TPM every vTPM would be lost. Make one: vtpm recovery-key"
+            )
         if not keeper.reachable:
             warnings.append("The platform TPM does not answer: the keeper could not start again now")
         warnings.extend(keeper.warnings)
@@ -110,9 +121,8 @@ def status(
         services.append(ServiceStatus("vtpm-launcher", True, launcher.pid, ""))
         if not launcher.privileged:
             warnings.append("The launcher is not root: all vTPMs run under one user id, in namespaces of their own")
-    warnings.append(
-        "State put back from an older copy of the store is not refused by this release: see docs/threat-model.md"
-    )
+    if stats is not None and stats.failure:
+        warnings.append(f"The anchor could not be moved: {stats.failure}")
     return Status(
         version=importlib.metadata.version("vtpm"),
         api_version=API_VERSION,
@@ -121,7 +131,23 @@ def status(
         vtpms=vtpms,
         running=running,
         platform=platform,
+        anchor=_anchor(stats) if stats is not None else None,
         services=services,
         confinement=[ProtectionStatus(line.step, line.status, line.why) for line in protections],
         warnings=list(dict.fromkeys(warnings)),
+    )
+
+
+def _anchor(stats: AnchorStats) -> AnchorStatus:
+    if stats.mode is AnchorMode.EACH_COMMIT:
+        window = "none: whatever was answered is anchored"
+    else:
+        window = f"what was answered in the last {stats.window_s:g} s before the host lost its power"
+    return AnchorStatus(
+        mode=stats.mode.value,
+        interval_s=int(stats.window_s),
+        commits=stats.transactions,
+        writes=stats.anchor_writes,
+        unanchored_s=int(stats.oldest_unanchored_s or 0),
+        window=window,
     )

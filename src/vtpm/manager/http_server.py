@@ -18,7 +18,11 @@ _UCRED = struct.Struct("iII")
 _MAX_HEADER_BYTES = 16 * 1024
 _MAX_CONNECTIONS = 512
 MAX_CONNECTIONS_PER_UID = 64
+MAX_USERS_CONNECTIONS = 384
+"""Of all ordinary users together; the rest is root's."""
 _IDLE_S = 30
+REQUEST_S = 10
+"""How long a request may take to come whole."""
 
 
 class PeerProtocol(H11Protocol):
@@ -37,12 +41,27 @@ class PeerProtocol(H11Protocol):
         self.client = (f"{uid}:{gid}", pid)
         self._counted_uid = uid
         self.connections_by_uid[uid] += 1
-        if uid != 0 and self.connections_by_uid[uid] > MAX_CONNECTIONS_PER_UID:
+        users = self.connections_by_uid.total() - self.connections_by_uid[0]
+        if uid != 0 and (self.connections_by_uid[uid] > MAX_CONNECTIONS_PER_UID or users > MAX_USERS_CONNECTIONS):
             transport.close()
+        self._was_incomplete = False
+        self._look = self.loop.call_later(REQUEST_S / 2, self._look_for_request)
+
+    def _look_for_request(self) -> None:
+        """Hang up on a client whose request has been incomplete at two looks."""
+        cycle = self.cycle
+        unread, _ = self.conn.trailing_data
+        incomplete = cycle is None or bool(unread) or (cycle.more_body and not cycle.response_complete)
+        if incomplete and self._was_incomplete:
+            self.transport.close()
+            return
+        self._was_incomplete = incomplete
+        self._look = self.loop.call_later(REQUEST_S / 2, self._look_for_request)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count the connection no more."""
         super().connection_lost(exc)
+        self._look.cancel()
         self.connections_by_uid[self._counted_uid] -= 1
 
 

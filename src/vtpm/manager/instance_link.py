@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
+from vtpm.manager.allowance import Allowance
 from vtpm.tpm.types import InstanceId, Startup, TpmVersion, VtpmId
 from vtpm.vault.records import SaveAck
 from vtpm.vault.vault import PermitGranted, Vault
@@ -53,6 +54,11 @@ from vtpm.wire.manager_link import (
 from vtpm.wire.manager_link_peers import CompletedSave, SaveReceiver, state_messages
 
 _READ_BYTES = 65536
+NONSENSE_BURST, NONSENSE_PER_S = 100, 1.0
+"""How many messages of an instance may be refused, at once and in the long run, before it is ended."""
+FRAMES_BURST, FRAMES_PER_S = 4000, 2000.0
+"""How many frames are taken from one instance: more than it can have saved."""
+PAUSE_S = 0.25
 _MAX_OUT_BYTES = 16 * 1024 * 1024
 _COMPLAINTS_LOGGED = 10
 READY_TIMEOUT_S = 10.0
@@ -78,6 +84,7 @@ class InstanceLink:
         name, vtpm_id, instance_id, tpm_version: whose it is.
         vault: where its saves go.
         on_change: called when `facts` changed, with a line for the audit log or "".
+        on_misbehaviour: called once, when it has sent more nonsense than a restart or a lost byte explains.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class InstanceLink:
         tpm_version: TpmVersion,
         vault: Vault,
         on_change: Callable[[InstanceLink, str], None],
+        on_misbehaviour: Callable[[InstanceLink], None],
     ) -> None:
         sock.setblocking(False)
         self.name = name
@@ -101,6 +109,9 @@ class InstanceLink:
         self._tpm_version = tpm_version
         self._vault = vault
         self._on_change = on_change
+        self._on_misbehaviour = on_misbehaviour
+        self._nonsense = Allowance(burst=NONSENSE_BURST, per_second=NONSENSE_PER_S)
+        self._frames = Allowance(burst=FRAMES_BURST, per_second=FRAMES_PER_S)
         self._loop = asyncio.get_running_loop()
         self._deframer = Deframer(MAX_BODY_BYTES)
         self._saves = SaveReceiver()
@@ -114,6 +125,8 @@ class InstanceLink:
         self._session = secrets.token_bytes(SESSION_BYTES)
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self.closed = False
+        self._paused = False
+        self._condemned = False
         self._loop.add_reader(sock, self._on_readable)
         self._send(Hello(self._session))
 
@@ -194,8 +207,9 @@ class InstanceLink:
             self._loop.remove_reader(self._sock)
             return
         for body in self._deframer.feed(data):
-            if self.closed:
+            if self.closed or self._condemned:
                 return
+            self._pace()
             if isinstance(body, BadFrame):
                 self._complain(f"a frame was skipped: {body.damage.value}")
                 continue
@@ -234,8 +248,25 @@ class InstanceLink:
                 self._out.popleft()
         self._loop.remove_writer(self._sock)
 
+    def _pace(self) -> None:
+        """Leave a link alone for a while that sends without end: its siblings share this loop."""
+        if not self._frames.take() and not self._paused:
+            self._paused = True
+            self._loop.remove_reader(self._sock)
+            self._loop.call_later(PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        self._paused = False
+        if not self.closed and not self._condemned:
+            self._loop.add_reader(self._sock, self._on_readable)
+
     def _complain(self, what: str) -> None:
         self.complaints += 1
+        if not self._nonsense.take() and not self._condemned:
+            self._condemned = True
+            self._loop.remove_reader(self._sock)
+            _log.error("%s: its instance is to be ended: %d messages were refused", self.name, self.complaints)
+            self._on_misbehaviour(self)
         if self.complaints <= _COMPLAINTS_LOGGED or self.complaints % 1000 == 0:
             _log.warning("%s: refused (%d so far): %s", self.name, self.complaints, what)
 

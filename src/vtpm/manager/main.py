@@ -11,23 +11,21 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from vtpm.confine.service import become, forbid_dumps, lock_memory
 from vtpm.confine.title import set_title
 from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
-from vtpm.manager.api import make_app
 from vtpm.manager.config import Config, load_config
-from vtpm.manager.http_server import ApiServer
+from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.manager.services import Layout, lay_out, start_services
-from vtpm.manager.unanchored import PUBLIC_MAC_KEY, UnanchoredStore
-from vtpm.vault.anchor import AnchorPolicy
-from vtpm.vault.committer import Committer
-from vtpm.vault.sqlite_store import SqliteStore
-from vtpm.vault.vault import Vault
+from vtpm.manager.storage import Storage, open_storage
+from vtpm.vault.records import Event
 from vtpm.wire.api import MANAGER_SOCKET
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
+from vtpm.wire.keeper import KeeperClient
 from vtpm.wire.packet_socket import ServiceLock
 from vtpm.wire.unix_socket import bind_unix_socket
 
@@ -68,12 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: Config, layout: Layout, listener: socket.socket) -> None:
-    keeper = UnanchoredStore(layout.vault_dir / "anchor")
-    committer = Committer(SqliteStore(layout.vault_dir, PUBLIC_MAC_KEY, keeper), keeper, AnchorPolicy())
-    vault = Vault(committer)
-    service = ManagerService(config.run_dir, config.state_dir, committer, vault)
+    def open_vault(accepting: Event | None) -> Storage:
+        return open_storage(layout.vault_dir, config.run_dir, config.anchor_policy, accepting)
+
+    service = ManagerService(config.run_dir, config.state_dir, open_vault)
     try:
         await service.begin()
+        # Slow to load, so that what runs has been taken up by now, and its saves are answered meanwhile.
+        api, http_server = await asyncio.to_thread(_load_api)
         ending, shut_down = asyncio.Event(), asyncio.Event()
         admins = {0, os.geteuid(), *config.admin_uids}
 
@@ -84,7 +84,8 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
             shut_down.set()
             ending.set()
 
-        server = ApiServer(make_app(service, caller_of, end_all))
+        platform = PlatformService(KeeperClient(config.run_dir), service.note, service.door.open)
+        server = http_server.ApiServer(api.make_app(service, platform, caller_of, end_all))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         serving.add_done_callback(lambda _: ending.set())
         ready()
@@ -96,8 +97,12 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
             await service.end_services()
     finally:
         await service.end()
-        vault.close()
-        committer.close()
+
+
+def _load_api() -> tuple[ModuleType, ModuleType]:
+    from vtpm.manager import api, http_server
+
+    return api, http_server
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ from vtpm.manager.access import Caller, may_create, require_owner, sees
 from vtpm.manager.allowance import Allowance
 from vtpm.manager.instance_link import InstanceLink
 from vtpm.manager.lifecycle import Happening, after
+from vtpm.manager.storage import Storage, VaultDoor
 from vtpm.tpm.types import Startup, VtpmId
-from vtpm.vault.committer import Committer
 from vtpm.vault.records import DomainKind, Event, VtpmRecord, valid_name
 from vtpm.vault.store import Store
-from vtpm.vault.vault import Vault
 from vtpm.wire.api import AuditEvent, CreateVtpm, LifeState, Lockout, ShutDown, Status, Vtpm
 from vtpm.wire.keeper import KeeperClient, KeeperStatus
 from vtpm.wire.launcher import (
@@ -81,18 +80,16 @@ class ManagerService:
 
     Args:
         run_dir, state_dir: the services' directories.
-        committer: owns the store.
-        vault: over that committer.
+        open_storage: opens the vault, blocking; with an event, as the operator's decision to take it as it is.
     """
 
-    def __init__(self, run_dir: Path, state_dir: Path, committer: Committer, vault: Vault) -> None:
+    def __init__(self, run_dir: Path, state_dir: Path, open_storage: Callable[[Event | None], Storage]) -> None:
         self.run_dir = run_dir
         self.state_dir = state_dir
         self.running: dict[VtpmId, Running] = {}
         self.launcher: AsyncPacketClient | None = None
         self.events_changed = asyncio.Condition()
-        self._committer = committer
-        self._vault = vault
+        self.door = VaultDoor(open_storage, self._reconcile)
         self._keeper = KeeperClient(run_dir, timeout_s=CALL_TIMEOUT_S)
         self._locks: dict[VtpmId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -101,9 +98,18 @@ class ManagerService:
 
     # -- start and end of the manager -------------------------------------------------------------------------------
     async def begin(self) -> None:
-        """Connect to the launcher and take up what runs. Raises UnavailableError: there is no launcher."""
+        """Connect to the launcher, open the vault and take up what runs.
+
+        A vault that does not open is no error here: `status` says why, and whoever asks for a vTPM hears it too.
+
+        Raises:
+            UnavailableError: there is no launcher.
+        """
         await self._connect_launcher()
-        await self._reconcile()
+        try:
+            await self.door.open()
+        except VtpmError as error:
+            _log.error("%s", error)
 
     async def end(self) -> None:
         """Let go of everything; instances run on."""
@@ -114,6 +120,7 @@ class ManagerService:
             running.link.close()
         if self.launcher is not None:
             self.launcher.close()
+        await self.door.close()
 
     async def _connect_launcher(self) -> None:
         client = AsyncPacketClient(LAUNCHER, self.run_dir / LAUNCHER_SOCKET, self._on_launcher_event)
@@ -135,27 +142,30 @@ class ManagerService:
             except VtpmError:
                 await asyncio.sleep(RECONNECT_S)
                 continue
-            await self._reconcile()
+            if self.door.is_open:
+                await self._reconcile()
             return
 
     async def _reconcile(self) -> None:
         """Bring registry and launcher together, by the crash rule of each state."""
         records = {record.id: record for record in await self._store(lambda store: store.list_vtpms())}
         alive = (await self._call("list", NoArgs()))[0].vtpm_ids
-        for vtpm_id in alive:
-            record = records.get(vtpm_id)
-            if record is not None and LifeState(record.lifecycle) in (LifeState.RUNNING, LifeState.FAILED):
-                try:
-                    await self._take_up(record)
-                    continue
-                except VtpmError as error:
-                    _log.error("%s: its instance cannot be taken up again: %s", record.name, error)
-            await self._end_instance(vtpm_id)
+        # At the same time, for the saves of each wait until its own instance is taken up.
+        await asyncio.gather(*(self._take_up_or_end(vtpm_id, records.get(vtpm_id)) for vtpm_id in alive))
         for record in records.values():
             if record.id in self.running:
                 continue
             self._states[record.id] = LifeState(record.lifecycle)
             await self._settle_record(record, "no instance was found when the manager started")
+
+    async def _take_up_or_end(self, vtpm_id: VtpmId, record: VtpmRecord | None) -> None:
+        if record is not None and LifeState(record.lifecycle) in (LifeState.RUNNING, LifeState.FAILED):
+            try:
+                await self._take_up(record)
+                return
+            except VtpmError as error:
+                _log.error("%s: its instance cannot be taken up again: %s", record.name, error)
+        await self._end_instance(vtpm_id)
 
     async def _take_up(self, record: VtpmRecord) -> None:
         info, fds = await self._call("attach", VtpmArgs(record.id))
@@ -166,14 +176,26 @@ class ManagerService:
                 await self._store(
                     lambda store: store.bind_instance(record.id, info.instance_id, replaces=record.instance_id)
                 )
-            await asyncio.to_thread(self._vault.open_vtpm, record.id, key)
+            await asyncio.to_thread(self.door.vault.open_vtpm, record.id, key)
         except BaseException:
             link_socket.close()
             raise
         self._states[record.id] = LifeState(record.lifecycle)
-        running = self._follow(record, info, link_socket)
-        await running.link.ready()
-        _log.info("%s: its instance %d is taken up again", record.name, info.pid)
+        self._spawn(self._confirm(self._follow(record, info, link_socket)))
+
+    async def _confirm(self, running: Running) -> None:
+        """End an instance that was taken up and does not answer. Nobody else waits for it."""
+        record = running.record
+        try:
+            await running.link.ready()
+        except VtpmError as error:
+            if self.running.get(record.id) is not running:
+                return
+            _log.error("%s: its instance %d is ended: %s", record.name, running.info.pid, error)
+            await self._end_instance(record.id)
+            await self._settle_end(running, error.message)
+        else:
+            _log.info("%s: its instance %d is taken up again", record.name, running.info.pid)
 
     # -- what callers ask -------------------------------------------------------------------------------------------
     async def create(self, wanted: CreateVtpm, caller: Caller) -> Vtpm:
@@ -233,7 +255,7 @@ class ManagerService:
                     await self._move(record, Happening.START_FAILED, event)
                 else:
                     # The end of its instance was noted already.
-                    await self._append(event)
+                    await self.note(event)
                 raise
             await self._move(record, Happening.STARTED, _event(caller.uid, "started", record, pid=running.info.pid,
                              measurement=running.info.measurement))  # fmt: skip
@@ -271,13 +293,20 @@ class ManagerService:
         while True:
             found = await self._store(partial(_list_events, after_id, limit))
             mine = {record.id for record in await self._store(lambda store: store.list_vtpms()) if sees(caller, record)}
-            seen = [describe.audit_event(event) for event in found if caller.is_admin or event.vtpm_id in mine]
-            left = deadline - asyncio.get_running_loop().time()
-            if seen or left <= 0:
+            seen = [
+                describe.audit_event(event)
+                for event in found
+                if caller.is_admin or event.vtpm_id in mine or event.actor_uid == caller.uid
+            ]
+            if seen:
                 return seen
             if found:
+                # None of them is the caller's to see; an empty answer would say that there are no more.
                 after_id = found[-1].event_id
                 continue
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                return []
             async with self.events_changed:
                 try:
                     await asyncio.wait_for(self.events_changed.wait(), left)
@@ -296,7 +325,7 @@ class ManagerService:
                 _log.error("%s: not stopped in order: %s", name, error)
                 continue
             stopped.append(name)
-        await self._append(Event(datetime.now(UTC), caller.uid, "shutdown", detail=json.dumps({"stopped": stopped})))
+        await self.note(Event(datetime.now(UTC), caller.uid, "shutdown", detail=json.dumps({"stopped": stopped})))
         return ShutDown(stopped)
 
     async def end_services(self) -> None:
@@ -312,8 +341,14 @@ class ManagerService:
             _log.error("the keeper was not ended: %s", error)
 
     async def status(self, caller: Caller) -> Status:
-        """Say how the host's services are."""
-        records = await self._store(lambda store: store.list_vtpms())
+        """Say how the host's services are; also when the vault does not open."""
+        trouble: VtpmError | None = None
+        records: Sequence[VtpmRecord] = ()
+        try:
+            await self.door.opened()
+            records = [record for record in await self._store(lambda store: store.list_vtpms()) if sees(caller, record)]
+        except VtpmError as error:
+            trouble = error
         keeper: KeeperStatus | VtpmError
         launcher: LauncherStatus | VtpmError
         try:
@@ -325,8 +360,17 @@ class ManagerService:
         except VtpmError as error:
             launcher = error
         protections = next(iter(running.info.protections for running in self.running.values()), ())
+        stats = self.door.stats()
         return describe.status(
-            self.run_dir, self.state_dir, len(records), len(self.running), keeper, launcher, protections
+            self.run_dir,
+            self.state_dir,
+            len(records),
+            sum(record.id in self.running for record in records),
+            keeper,
+            launcher,
+            protections,
+            stats,
+            trouble,
         )
 
     # -- starting and stopping --------------------------------------------------------------------------------------
@@ -341,7 +385,7 @@ class ManagerService:
             await self._store(
                 lambda store: store.bind_instance(record.id, info.instance_id, replaces=record.instance_id)
             )
-            await asyncio.to_thread(self._vault.open_vtpm, record.id, key)
+            await asyncio.to_thread(self.door.vault.open_vtpm, record.id, key)
         except BaseException:
             link_socket.close()
             await self._end_instance(record.id)
@@ -368,7 +412,7 @@ class ManagerService:
             await self._settle_end(self.running.get(record.id, running), "it did not shut down in order")
             # Whoever settles its end, the vTPM is stopped when this returns.
             await running.ended.wait()
-        await self._append(_event(caller.uid, "stopped", record))
+        await self.note(_event(caller.uid, "stopped", record))
 
     async def _end_instance(self, vtpm_id: VtpmId) -> None:
         try:
@@ -381,7 +425,14 @@ class ManagerService:
 
     def _follow(self, record: VtpmRecord, info: InstanceInfo, link_socket: socket.socket) -> Running:
         link = InstanceLink(
-            link_socket, record.name, record.id, info.instance_id, record.tpm_version, self._vault, self._on_link_change
+            link_socket,
+            record.name,
+            record.id,
+            info.instance_id,
+            record.tpm_version,
+            self.door.vault,
+            self._on_link_change,
+            self._on_misbehaviour,
         )
         running = Running(record, info, link)
         self.running[record.id] = running
@@ -438,7 +489,7 @@ class ManagerService:
             return
         del self.running[record.id]
         running.link.close()
-        self._vault.close_vtpm(record.id)
+        self.door.vault.close_vtpm(record.id)
         try:
             await self._settle_record(record, how)
         except VtpmError as error:
@@ -465,7 +516,7 @@ class ManagerService:
         if link.facts.power is LinkPower.FAILED:
             running.reason = note or running.reason or "its TPM failed"
         elif note and running.notes.take():
-            self._spawn(self._append(_event(None, "note", running.record, note=note)))
+            self._spawn(self.note(_event(None, "note", running.record, note=note)))
         lockout = link.facts.lockout
         if lockout is not None and lockout.since != running.locked_since and running.notes.take():
             running.locked_since = lockout.since
@@ -479,6 +530,17 @@ class ManagerService:
         event = _event(None, LOCKED_OUT, record, **asdict(lockout))
         await self._store(partial(_append_lockout, record.id, event))
         await self._events_came()
+
+    def _on_misbehaviour(self, link: InstanceLink) -> None:
+        running = self.running.get(link.vtpm_id)
+        if running is not None and running.link is link:
+            self._spawn(self._end_misbehaving(running))
+
+    async def _end_misbehaving(self, running: Running) -> None:
+        record = running.record
+        await self.note(_event(None, "misbehaved", record, complaints=running.link.complaints))
+        await self._end_instance(record.id)
+        await self._settle_end(running, "it sent what no vtpmd sends")
 
     async def _follow_power(self, running: Running) -> None:
         """Bring the life cycle after the TPM's power, one step at a time however often an instance changes it."""
@@ -532,7 +594,8 @@ class ManagerService:
         except VtpmError as error:
             _log.warning("%s: %s", record.name, error)
 
-    async def _append(self, event: Event) -> None:
+    async def note(self, event: Event) -> None:
+        """Append to the audit log."""
         await self._store(lambda store: store.append_event(event))
         await self._events_came()
 
@@ -552,7 +615,7 @@ class ManagerService:
         return (await asyncio.to_thread(self._keeper.unwrap_key, record.id, record.wrapped_key)).key
 
     async def _store(self, operation: Callable[[Store], T]) -> T:
-        return await asyncio.wrap_future(self._committer.run(operation))
+        return await self.door.run(operation)
 
     async def _call(self, op: str, args: object, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Any, tuple[int, ...]]:
         if self.launcher is None:

@@ -5,23 +5,26 @@ Under systemd keeper and launcher are units of their own, and nothing is started
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from vtpm.errors import UnavailableError
+from vtpm.errors import ConflictError, UnavailableError
 from vtpm.manager.config import INSTANCE_UID_OFFSET, KEEPER_UID_OFFSET, MANAGER_UID_OFFSET, Config
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper import KeeperClient, KeeperStatus, PlatformKind
 from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs
 from vtpm.wire.packet_socket import PacketClient
 
 START_TIMEOUT_S = 30.0
 _POLL_S = 0.05
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def start_services(config: Config, layout: Layout) -> None:
             ],
             layout.log_dir,
         )
-        _ensure(
+        status = _ensure(
             "vtpm-keeper",
             keeper.status,
             [
@@ -98,25 +101,34 @@ def start_services(config: Config, layout: Layout) -> None:
                 *("--state-dir", str(layout.keeper_dir)),
                 *("--platform-tpm", config.platform_tpm),
                 *("--pcrs", config.pcrs),
+                *("--zero-pcrs", config.zero_pcrs),
+                *(("--fence-pcr", str(config.fence_pcr)) if config.fence_pcr else ()),
                 *("--manager-uid", str(layout.manager_uid)),
                 *("--uid", str(layout.keeper_uid)),
                 *("--gid", str(layout.keeper_uid)),
             ],
             layout.log_dir,
         )
+        _check_platform(config, status)
     finally:
         launcher.close()
         keeper.close()
 
 
-def _ensure(name: str, answers: object, command: Sequence[str], log_dir: Path) -> None:
-    assert callable(answers)
-    try:
-        answers()
-    except UnavailableError:
-        pass
-    else:
-        return
+def _check_platform(config: Config, keeper: KeeperStatus) -> None:
+    """Refuse a keeper that was started with another platform TPM than this manager is told to use."""
+    asked, used = config.platform_tpm, "embedded" if keeper.kind is PlatformKind.EMBEDDED else keeper.tcti
+    if asked != used:
+        raise ConflictError(
+            f"the keeper runs with the platform TPM {used!r}, and this manager is to use {asked!r}",
+            next_step="Run `vtpm shutdown` first, or start the manager with the platform TPM that is in use",
+        )
+
+
+def _ensure(name: str, ask: Callable[[], T], command: Sequence[str], log_dir: Path) -> T:
+    """Return what a service answers, which is started if it does not."""
+    with contextlib.suppress(UnavailableError):
+        return ask()
     log = log_dir / f"{name}.log"
     with log.open("ab") as log_file:
         begin = log_file.tell()
@@ -138,7 +150,7 @@ def _ensure(name: str, answers: object, command: Sequence[str], log_dir: Path) -
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline_s:
             try:
-                answers()
+                answer = ask()
             except UnavailableError:
                 # Its socket appears without an event that a process of another user could wait for.
                 if ended.poll(_POLL_S * 1000):
@@ -146,7 +158,7 @@ def _ensure(name: str, answers: object, command: Sequence[str], log_dir: Path) -
             else:
                 # It is not waited for: it outlives this process, and init takes it over.
                 child.returncode = 0
-                return
+                return answer
     finally:
         os.close(pidfd)
     child.kill()

@@ -1,0 +1,77 @@
+"""What administrators ask of the keeper through the manager: the root key's policy and its recovery.
+
+Each change leaves an audit event. Keys pass through here and are kept nowhere. The manager's alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+from vtpm.manager.access import Caller
+from vtpm.vault.records import Event
+from vtpm.wire.api import AllowPcrs, PcrSet, Policy, RecoveryKeyText
+from vtpm.wire.keeper import KeeperClient, PolicyState
+
+
+class PlatformService:
+    """See the module.
+
+    Args:
+        keeper: asked in a thread, for it blocks.
+        note: appends to the audit log.
+        accept: opens the vault once the keeper has the root key again, and notes the operator's decision in it.
+    """
+
+    def __init__(
+        self,
+        keeper: KeeperClient,
+        note: Callable[[Event], Awaitable[None]],
+        accept: Callable[[Event], Awaitable[None]],
+    ) -> None:
+        self._keeper = keeper
+        self._note = note
+        self._accept = accept
+
+    async def policy(self, caller: Caller) -> Policy:
+        """Return the PCR values under which the root key opens."""
+        caller.require_admin("see the root key's policy")
+        return _policy(await asyncio.to_thread(self._keeper.policy))
+
+    async def allow(self, wanted: AllowPcrs, caller: Caller) -> Policy:
+        """Have the root key open under further PCR values."""
+        caller.require_admin("change the root key's policy")
+        state = await asyncio.to_thread(self._keeper.policy_allow, wanted.label, tuple(wanted.values))
+        await self._note(_event(caller, "policy_allowed", label=wanted.label, values=" ".join(wanted.values)))
+        return _policy(state)
+
+    async def drop(self, label: str, caller: Caller) -> Policy:
+        """Have the root key open under these PCR values no more."""
+        caller.require_admin("change the root key's policy")
+        state = await asyncio.to_thread(self._keeper.policy_drop, label)
+        await self._note(_event(caller, "policy_dropped", label=label))
+        return _policy(state)
+
+    async def new_recovery_key(self, caller: Caller) -> RecoveryKeyText:
+        """Make a recovery key in place of an earlier one."""
+        caller.require_admin("make a recovery key")
+        text = await asyncio.to_thread(self._keeper.new_recovery_key)
+        await self._note(_event(caller, "recovery_key_made"))
+        return RecoveryKeyText(text)
+
+    async def recover(self, given: RecoveryKeyText, caller: Caller) -> None:
+        """Open the vault by the recovery key, on the platform as it is now."""
+        caller.require_admin("recover the vault")
+        await asyncio.to_thread(self._keeper.recover, given.recovery_key)
+        await self._accept(_event(caller, "recovered"))
+
+
+def _policy(state: PolicyState) -> Policy:
+    sets = [PcrSet(found.label, [*found.values], found.matches) for found in state.sets]
+    return Policy(state.selection, sets, [*state.current])
+
+
+def _event(caller: Caller, kind: str, **detail: str) -> Event:
+    return Event(datetime.now(UTC), caller.uid, kind, detail=json.dumps(detail))
