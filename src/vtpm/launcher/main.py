@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(run_dir: Path, manager_uid: int, uid_base: int) -> None:
     lock = ServiceLock(run_dir, "launcher")
     guests_dir = run_dir / GUESTS_DIR
-    guests_dir.mkdir(mode=0o755, exist_ok=True)
+    guests_dir.mkdir(exist_ok=True)
+    # Whatever the umask: owners of vTPMs must be able to pass.
+    guests_dir.chmod(0o755)
     for stale in guests_dir.iterdir():
         # Sockets of instances that died with the launcher before this one.
         stale.unlink()
