@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
-from vtpm.manager.allowance import Allowance
 from vtpm.tpm.types import InstanceId, Startup, TpmVersion, VtpmId
 from vtpm.vault.records import SaveAck
 from vtpm.vault.vault import PermitGranted, Vault
+from vtpm.wire.allowance import Allowance
 from vtpm.wire.framing import BadFrame, Deframer, encode_frame
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,

@@ -21,13 +21,13 @@ from uuid import uuid4
 import vtpm.manager.describe as describe
 from vtpm.errors import ConflictError, NotFoundError, StateError, UnavailableError, UsageError, VtpmError
 from vtpm.manager.access import Caller, may_create, require_owner, sees
-from vtpm.manager.allowance import Allowance
 from vtpm.manager.instance_link import InstanceLink
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.storage import Storage, VaultDoor
 from vtpm.tpm.types import Startup, VtpmId
 from vtpm.vault.records import DomainKind, Event, VtpmRecord, valid_name
 from vtpm.vault.store import Store
+from vtpm.wire.allowance import Allowance
 from vtpm.wire.api import AuditEvent, CreateVtpm, LifeState, Lockout, ShutDown, Status, Vtpm
 from vtpm.wire.keeper import KeeperClient, KeeperStatus
 from vtpm.wire.launcher import (

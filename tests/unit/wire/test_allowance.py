@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtpm.manager.allowance import Allowance
+from vtpm.wire.allowance import Allowance
 
 
 def test_no_more_than_the_burst_is_given_when_asked_at_once() -> None:

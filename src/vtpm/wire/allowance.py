@@ -1,4 +1,7 @@
-"""A bounded right to do something that somebody else causes: so many at once, so many in the long run. Pure."""
+"""A bounded right to do something that somebody else causes: so many at once, so many in the long run.
+
+Pure; for the host services.
+"""
 
 from __future__ import annotations
 
