@@ -46,8 +46,6 @@ MAX_DEATHS = 5
 DEATHS_WITHIN_S = 60.0
 """An instance that dies more often than this is not replaced again."""
 RETRY_S = 0.2
-_LOG_BYTES = 8192
-_MAX_LINE_CHARS = 500
 _NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 _log = logging.getLogger("vtpm.launcher")
 
@@ -148,7 +146,6 @@ class LauncherService:
     # -- life of an instance ----------------------------------------------------------------------------------------
     async def _launch(self, slot: Slot, role: Role) -> Instance:
         instance = slot.start_instance(role)
-        self._loop.add_reader(instance.log, self._on_log, slot.args.name, instance)
         self._loop.add_reader(instance.hold, self._on_hold, slot, instance)
         try:
             await asyncio.wait_for(self._readable(instance.domain.report_fd), CONFINED_TIMEOUT_S)
@@ -205,9 +202,6 @@ class LauncherService:
 
     def _close_instance(self, slot: Slot, instance: Instance) -> str:
         how = instance.domain.reap()
-        self._on_log(slot.args.name, instance)
-        self._loop.remove_reader(instance.log)
-        os.close(instance.log)
         # What the instance parked last may still be in the channel.
         try:
             while _has_more(instance) and slot.take_hold_message(instance):
@@ -233,16 +227,6 @@ class LauncherService:
             alive = False
         if not alive:
             self._loop.remove_reader(instance.hold)
-
-    def _on_log(self, name: str, instance: Instance) -> None:
-        try:
-            data = os.read(instance.log, _LOG_BYTES)
-        except BlockingIOError:
-            return
-        for line in data.decode(errors="replace").splitlines():
-            _log.info("%s: %s", name, "".join(c if c.isprintable() else "?" for c in line[:_MAX_LINE_CHARS]))
-        if not data:
-            self._loop.remove_reader(instance.log)
 
     async def _ended(self, instance: Instance) -> None:
         await self._readable(os.dup(instance.domain.exit_fd), close=True)

@@ -16,6 +16,7 @@ from vtpm.confine.report import Report
 from vtpm.domains.base import Domain, DomainPlan, RunningDomain
 from vtpm.errors import ProtocolError
 from vtpm.launcher.guest_sockets import GuestSockets
+from vtpm.launcher.instance_log import InstanceLog, log_lines
 from vtpm.tpm.types import InstanceId
 from vtpm.wire.hold import HoldType, ParkedKind, decode_hold
 from vtpm.wire.instance_spec import JOURNAL_BYTES, InstanceArgs, InstanceFd, Role
@@ -33,11 +34,12 @@ class Instance:
     domain: RunningDomain
     hold: socket.socket
     manager_end: socket.socket
-    log: int
+    log: InstanceLog
     report: Report = ()
 
     def close(self) -> None:
         """Close the launcher's ends; the domain has been reaped."""
+        self.log.close()
         self.hold.close()
         self.manager_end.close()
 
@@ -59,6 +61,7 @@ class Slot:
         """Monotonic times of recent deaths."""
         self.stopping = False
         self.instance: Instance | None = None
+        self._log_lines = log_lines()
         self._domain = domain
         self._sockets = sockets
         self._journals = {kind: create_journal() for kind in (InstanceFd.CONTROL_JOURNAL, InstanceFd.DATA_JOURNAL)}
@@ -91,8 +94,8 @@ class Slot:
             their_link.close()
             os.close(log_write)
         hold.setblocking(False)
-        os.set_blocking(log_read, False)
-        self.instance = Instance(InstanceId(uuid4()), running, hold, manager_end, log_read)
+        log = InstanceLog(self.args.name, log_read, self._log_lines)
+        self.instance = Instance(InstanceId(uuid4()), running, hold, manager_end, log)
         return self.instance
 
     def take_hold_message(self, instance: Instance) -> bool:

@@ -19,9 +19,10 @@ END_TIMEOUT_S = 20.0
 @contextlib.contextmanager
 def launcher(*arguments: object, umask: int = -1) -> Iterator[subprocess.Popen[str]]:
     """Run a launcher that is ready; it is ended afterwards."""
-    with tempfile.TemporaryDirectory(prefix="vtpm-notify-") as folder, socket.socket(
-        socket.AF_UNIX, socket.SOCK_DGRAM
-    ) as notify:
+    with (
+        tempfile.TemporaryDirectory(prefix="vtpm-notify-") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify,
+    ):
         path = f"{folder}/notify"
         notify.bind(path)
         notify.settimeout(START_TIMEOUT_S)
