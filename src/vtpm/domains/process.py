@@ -56,6 +56,7 @@ class ConfinedProcess:
 
     def __init__(self, process: SpawnedProcess) -> None:
         self._process = process
+        self._reported = False
 
     @property
     def pid(self) -> int:
@@ -74,6 +75,7 @@ class ConfinedProcess:
 
     def report(self) -> Report:
         """Return what is in force; see RunningDomain."""
+        self._reported = True
         return wait_confined(self._process, timeout_s=_REPORT_TIMEOUT_S)
 
     def kill(self) -> None:
@@ -85,6 +87,9 @@ class ConfinedProcess:
         """Wait for the end and return it in words."""
         ended = os.waitid(os.P_PIDFD, self._process.pidfd, os.WEXITED)
         os.close(self._process.pidfd)
+        if not self._reported:
+            # It took too long to be confined, and was killed.
+            os.close(self._process.report_fd)
         if ended is None or ended.si_code == os.CLD_EXITED:
             return f"exit status {0 if ended is None else ended.si_status}"
         return f"signal {signal.Signals(ended.si_status).name}"
