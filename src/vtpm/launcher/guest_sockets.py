@@ -57,21 +57,24 @@ def open_guest_sockets(folder: Path, name: str, owner_uid: int, owner_gid: int) 
         control = _listen(control_path, owner_uid, owner_gid)
     except DomainError:
         data.close()
+        data_path.unlink()
         raise
     return GuestSockets(data, control, data_path, control_path)
 
 
 def _listen(path: Path, uid: int, gid: int) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old_mask = os.umask(0o177)
     try:
-        path.unlink(missing_ok=True)
-        listener.bind(os.fspath(path))
-        if os.geteuid() == 0:
-            os.chown(path, uid, gid, follow_symlinks=False)
-        listener.listen(_BACKLOG)
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            path.unlink(missing_ok=True)
+            listener.bind(os.fspath(path))
+            stack.callback(path.unlink)
+            if os.geteuid() == 0:
+                os.chown(path, uid, gid, follow_symlinks=False)
+            listener.listen(_BACKLOG)
+            stack.pop_all()
     except OSError as error:
-        listener.close()
         raise DomainError(f"the socket {path} cannot be made: {error.strerror}") from error
     finally:
         os.umask(old_mask)

@@ -14,6 +14,7 @@ from pathlib import Path
 from vtpm.confine.title import set_title
 from vtpm.domains.process import ProcessDomain
 from vtpm.errors import VtpmError
+from vtpm.launcher.descriptors import instances_for, raise_limit
 from vtpm.launcher.service import LauncherService
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
 from vtpm.wire.launcher import GUESTS_DIR, LAUNCHER, LAUNCHER_SOCKET
@@ -47,7 +48,8 @@ async def _serve(run_dir: Path, manager_uid: int, uid_base: int) -> None:
         # Sockets of instances that died with the launcher before this one.
         stale.unlink()
     ending = asyncio.Event()
-    service = LauncherService(guests_dir, {"process": ProcessDomain()}, uid_base, ending.set)
+    most = instances_for(raise_limit())
+    service = LauncherService(guests_dir, {"process": ProcessDomain()}, uid_base, ending.set, most=most)
     allowed = {0, os.geteuid(), manager_uid}
     server = AsyncPacketServer(LAUNCHER, service.handle, allowed.__contains__)
     service.server = server

@@ -42,6 +42,7 @@ from vtpm.wire.launcher import (
 from vtpm.wire.packet_socket import AsyncPacketServer, Peer, close_fds
 
 CONFINED_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 10.0
 MAX_DEATHS = 5
 DEATHS_WITHIN_S = 60.0
 """An instance that dies more often than this is not replaced again."""
@@ -58,16 +59,25 @@ class LauncherService:
         domains: kinds of domain by name.
         uid_base: first user id for instances.
         on_end: called when the manager has asked for the launcher's end.
+        most: bound on the instances, from the limit of open files; see `descriptors`.
     """
 
     def __init__(
-        self, guests_dir: Path, domains: Mapping[str, Domain], uid_base: int, on_end: Callable[[], None]
+        self,
+        guests_dir: Path,
+        domains: Mapping[str, Domain],
+        uid_base: int,
+        on_end: Callable[[], None],
+        *,
+        most: int = MAX_INSTANCES,
     ) -> None:
+        self._most = most
         self._on_end = on_end
         self._guests_dir = guests_dir
         self._domains = domains
         self._uid_base = uid_base
         self._slots: dict[VtpmId, Slot] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self.server: AsyncPacketServer | None = None
 
@@ -87,7 +97,7 @@ class LauncherService:
             case "list":
                 return Instances(tuple(self._slots)), ()
             case "stop":
-                await self._stop(args)
+                await self._stop(self._slot(args))
                 return NoArgs(), ()
             case "end":
                 self._loop.call_soon(self._on_end)
@@ -96,8 +106,10 @@ class LauncherService:
 
     async def close(self) -> None:
         """End every instance."""
-        for slot in list(self._slots.values()):
-            await self._stop(VtpmArgs(slot.args.vtpm_id))
+        ends = [self._stop(slot) for slot in self._slots.values()]
+        for error in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(error, VtpmError):
+                _log.error("%s", error)
 
     # -- requests ---------------------------------------------------------------------------------------------------
     def _slot(self, args: VtpmArgs) -> Slot:
@@ -119,29 +131,44 @@ class LauncherService:
                 f"domains of the kind {args.domain} are not available on this host",
                 next_step=f"Available: {', '.join(sorted(self._domains))}",
             )
+        if self._most <= len(self._slots) < MAX_INSTANCES:
+            raise ConflictError(
+                f"{args.name} is not started: {len(self._slots)} instances are running, and the launcher may not open "
+                "files for more",
+                next_step="Raise its hard limit of open files (LimitNOFILE= in its unit, or ulimit -Hn)",
+            )
         uid = uid_for({slot.uid for slot in self._slots.values()}, self._uid_base, MAX_INSTANCES)
         if uid is None:
             raise ConflictError(f"{MAX_INSTANCES} instances are running, which is the most")
         sockets = open_guest_sockets(self._guests_dir, args.name, args.owner_uid, args.owner_gid)
-        slot = Slot(args, domain, uid, sockets)
+        try:
+            slot = Slot(args, domain, uid, sockets)
+        except VtpmError:
+            sockets.close()
+            raise
         self._slots[args.vtpm_id] = slot
         try:
             instance = await self._launch(slot, Role.FIRST)
-        except VtpmError:
+        except BaseException:
             self._forget(slot)
             raise
+        task = self._loop.create_task(self._follow(slot, instance))
+        self._tasks.add(task)
+        task.add_done_callback(self._report_defect)
         return slot.info(), (instance.manager_end.fileno(),)
 
-    async def _stop(self, args: VtpmArgs) -> None:
-        slot = self._slot(args)
+    async def _stop(self, slot: Slot) -> None:
         slot.stopping = True
-        instance = slot.instance
-        if instance is not None:
-            instance.domain.kill()
-            await self._ended(instance)
-        while self._slots.get(args.vtpm_id) is slot:
-            # The watcher of the instance's end runs in this loop too, and forgets the slot.
-            await asyncio.sleep(0)
+        if slot.instance is not None:
+            slot.instance.domain.kill()
+        try:
+            # Whoever follows the instance, or is starting it, forgets the slot.
+            await asyncio.wait_for(slot.ended.wait(), END_TIMEOUT_S)
+        except TimeoutError:
+            raise DomainError(
+                f"the instance of {slot.args.name} did not end within {END_TIMEOUT_S:g} s of its SIGKILL",
+                next_step="The kernel may be holding it, over a broken disk for instance; see its log",
+            ) from None
 
     # -- life of an instance ----------------------------------------------------------------------------------------
     async def _launch(self, slot: Slot, role: Role) -> Instance:
@@ -152,71 +179,80 @@ class LauncherService:
             instance.report = instance.domain.report()
         except (TimeoutError, ConfinementError) as error:
             instance.domain.kill()
-            await self._ended(instance)
+            await self._readable(instance.domain.exit_fd)
             how = self._close_instance(slot, instance)
             why = error.message if isinstance(error, VtpmError) else f"it took more than {CONFINED_TIMEOUT_S} s"
             raise DomainError(f"the instance of {slot.args.name} was not started: {why} ({how})") from error
-        task = self._loop.create_task(self._watch(slot, instance))
-        task.add_done_callback(_report_defect)
         return instance
 
-    async def _watch(self, slot: Slot, instance: Instance) -> None:
-        await self._ended(instance)
-        orderly = slot.stopping
-        how = self._close_instance(slot, instance)
-        now = time.monotonic()
-        slot.deaths = [at for at in slot.deaths if now - at < DEATHS_WITHIN_S] + [now]
-        if how == "exit status 0" or orderly:
+    async def _follow(self, slot: Slot, instance: Instance) -> None:
+        """See a vTPM's instances to their ends, one after the other, and forget the vTPM after the last."""
+        how = "nobody follows it any more: the launcher has a defect"
+        try:
+            successor: Instance | None = instance
+            while successor is not None:
+                instance = successor
+                await self._readable(instance.domain.exit_fd)
+                how = self._close_instance(slot, instance)
+                successor, how = await self._successor(slot, instance, how)
+        finally:
             self._forget(slot)
             self._tell_ended(slot, instance, how)
-            return
-        _log.warning("%s: its instance %d died: %s", slot.args.name, instance.domain.pid, how)
+
+    async def _successor(self, slot: Slot, dead: Instance, how: str) -> tuple[Instance | None, str]:
+        """Start an instance in place of one that ended, if there is to be one; else say why there is none."""
+        if how == "exit status 0" or slot.stopping:
+            return None, how
+        now = time.monotonic()
+        slot.deaths = [at for at in slot.deaths if now - at < DEATHS_WITHIN_S] + [now]
+        _log.warning("%s: its instance %d died: %s", slot.args.name, dead.domain.pid, how)
         if len(slot.deaths) > MAX_DEATHS:
-            self._forget(slot)
-            self._tell_ended(slot, instance, f"{how}, for the {MAX_DEATHS + 1}th time in {DEATHS_WITHIN_S:.0f} s")
-            return
-        while True:
+            return None, f"{how}, for the {MAX_DEATHS + 1}th time in {DEATHS_WITHIN_S:.0f} s"
+        why_none = how
+        while len(slot.deaths) <= MAX_DEATHS and not slot.stopping:
             try:
                 successor = await self._launch(slot, Role.SUCCESSOR)
-                break
             except VtpmError as error:
                 _log.error("%s: no successor: %s", slot.args.name, error)
                 # What killed one may have killed the other too (no memory, say): the parked guest is worth another try.
                 slot.deaths.append(time.monotonic())
-                if len(slot.deaths) > MAX_DEATHS or slot.stopping:
-                    self._forget(slot)
-                    self._tell_ended(slot, instance, f"{how}; no successor: {error.message}"[:500])
-                    return
+                why_none = f"{how}; no successor: {error.message}"
                 await asyncio.sleep(RETRY_S)
-        if slot.stopping:
-            successor.domain.kill()
-            return
-        if self.server is not None:
-            self.server.broadcast_event(
-                "replaced", Replaced(instance.instance_id, how, slot.info()), (successor.manager_end.fileno(),)
-            )
+                continue
+            if self.server is not None and not slot.stopping:
+                self.server.broadcast_event(
+                    "replaced", Replaced(dead.instance_id, how, slot.info()), (successor.manager_end.fileno(),)
+                )
+            return successor, how
+        return None, why_none
 
     def _tell_ended(self, slot: Slot, instance: Instance, how: str) -> None:
         if self.server is not None:
-            self.server.broadcast_event("ended", Ended(slot.args.vtpm_id, instance.instance_id, how))
+            self.server.broadcast_event("ended", Ended(slot.args.vtpm_id, instance.instance_id, how[:500]))
 
     def _close_instance(self, slot: Slot, instance: Instance) -> str:
         how = instance.domain.reap()
+        slot.instance = None
+        self._loop.remove_reader(instance.hold)
         # What the instance parked last may still be in the channel.
         try:
             while _has_more(instance) and slot.take_hold_message(instance):
                 pass
         except ProtocolError as error:
             _log.warning("%s: %s", slot.args.name, error)
-        self._loop.remove_reader(instance.hold)
-        instance.close()
-        slot.instance = None
+        finally:
+            instance.close()
         return how
 
     def _forget(self, slot: Slot) -> None:
-        if self._slots.get(slot.args.vtpm_id) is slot:
-            del self._slots[slot.args.vtpm_id]
-            slot.close()
+        del self._slots[slot.args.vtpm_id]
+        slot.ended.set()
+        slot.close()
+        if slot.instance is not None:
+            # Only after a defect, or when the launcher ends meanwhile: nothing may run that nobody knows of.
+            self._loop.remove_reader(slot.instance.hold)
+            slot.instance.close()
+            slot.instance.domain.kill()
 
     def _on_hold(self, slot: Slot, instance: Instance) -> None:
         try:
@@ -228,24 +264,18 @@ class LauncherService:
         if not alive:
             self._loop.remove_reader(instance.hold)
 
-    async def _ended(self, instance: Instance) -> None:
-        await self._readable(os.dup(instance.domain.exit_fd), close=True)
-
-    async def _readable(self, fd: int, *, close: bool = False) -> None:
-        ready = self._loop.create_future()
-
-        def on_ready() -> None:
-            self._loop.remove_reader(fd)
-            if not ready.done():
-                ready.set_result(None)
-
-        self._loop.add_reader(fd, on_ready)
+    async def _readable(self, fd: int) -> None:
+        ready = asyncio.Event()
+        self._loop.add_reader(fd, ready.set)
         try:
-            await ready
+            await ready.wait()
         finally:
             self._loop.remove_reader(fd)
-            if close:
-                os.close(fd)
+
+    def _report_defect(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("an instance is not followed any more", exc_info=error)
 
 
 def _has_more(instance: Instance) -> bool:
@@ -256,8 +286,3 @@ def _has_more(instance: Instance) -> bool:
 
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _report_defect(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.critical("an instance is not watched any more", exc_info=error)

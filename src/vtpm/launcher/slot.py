@@ -5,6 +5,7 @@ Decision record 1 says why. Everything here is descriptors; no byte of a guest i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -14,7 +15,7 @@ from uuid import uuid4
 
 from vtpm.confine.report import Report
 from vtpm.domains.base import Domain, DomainPlan, RunningDomain
-from vtpm.errors import ProtocolError
+from vtpm.errors import DomainError, ProtocolError
 from vtpm.launcher.guest_sockets import GuestSockets
 from vtpm.launcher.instance_log import InstanceLog, log_lines
 from vtpm.tpm.types import InstanceId
@@ -52,6 +53,8 @@ class Slot:
         domain: kind of domain.
         uid: user id of its instances.
         sockets: the guest link's; the slot's from now on.
+    Raises:
+        DomainError: memory or descriptors are lacking; the sockets are still the caller's.
     """
 
     def __init__(self, args: StartArgs, domain: Domain, uid: int, sockets: GuestSockets) -> None:
@@ -60,39 +63,44 @@ class Slot:
         self.deaths: list[float] = []
         """Monotonic times of recent deaths."""
         self.stopping = False
+        self.ended = asyncio.Event()
+        """Set when no instance is left and none will follow."""
         self.instance: Instance | None = None
         self._log_lines = log_lines()
         self._domain = domain
         self._sockets = sockets
-        self._journals = {kind: create_journal() for kind in (InstanceFd.CONTROL_JOURNAL, InstanceFd.DATA_JOURNAL)}
+        self._journals: dict[InstanceFd, int] = {}
+        try:
+            for kind in (InstanceFd.CONTROL_JOURNAL, InstanceFd.DATA_JOURNAL):
+                self._journals[kind] = create_journal()
+        except OSError as error:
+            _close_all(list(self._journals.values()))
+            raise _no_resources(args, error) from error
         self._parked: dict[ParkedKind, int] = {}
 
     def start_instance(self, role: Role) -> Instance:
-        """Start an instance, with all that is parked. Raises VtpmError: it could not be started."""
-        hold, their_hold = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        manager_end, their_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        log_read, log_write = os.pipe()
-        try:
-            fds: dict[InstanceFd, int] = {
-                InstanceFd.HOLD: their_hold.fileno(),
-                InstanceFd.MANAGER_LINK: their_link.fileno(),
-                InstanceFd.DATA_LISTENER: self._sockets.data.fileno(),
-                InstanceFd.CONTROL_LISTENER: self._sockets.control.fileno(),
-                **self._journals,
-                **{_PARKED_AS[kind]: fd for kind, fd in self._parked.items()},
-            }
-            running = self._domain.start(
-                DomainPlan(self.args.name, self.uid, InstanceArgs(self.args.tpm_version, role), fds, log_write)
-            )
-        except BaseException:
-            for ours in (hold, manager_end):
-                ours.close()
-            os.close(log_read)
-            raise
-        finally:
-            their_hold.close()
-            their_link.close()
-            os.close(log_write)
+        """Start an instance, with all that is parked. Raises VtpmError: it could not be, and nothing is left of it."""
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            try:
+                hold, their_hold = _socket_pair(socket.SOCK_SEQPACKET, ours, theirs)
+                manager_end, their_link = _socket_pair(socket.SOCK_STREAM, ours, theirs)
+                log_read, log_write = os.pipe()
+                ours.callback(os.close, log_read)
+                theirs.callback(os.close, log_write)
+                fds: dict[InstanceFd, int] = {
+                    InstanceFd.HOLD: their_hold.fileno(),
+                    InstanceFd.MANAGER_LINK: their_link.fileno(),
+                    InstanceFd.DATA_LISTENER: self._sockets.data.fileno(),
+                    InstanceFd.CONTROL_LISTENER: self._sockets.control.fileno(),
+                    **self._journals,
+                    **{_PARKED_AS[kind]: fd for kind, fd in self._parked.items()},
+                }
+                running = self._domain.start(
+                    DomainPlan(self.args.name, self.uid, InstanceArgs(self.args.tpm_version, role), fds, log_write)
+                )
+            except OSError as error:
+                raise _no_resources(self.args, error) from error
+            ours.pop_all()
         hold.setblocking(False)
         log = InstanceLog(self.args.name, log_read, self._log_lines)
         self.instance = Instance(InstanceId(uuid4()), running, hold, manager_end, log)
@@ -156,6 +164,17 @@ def create_journal() -> int:
     fd = os.memfd_create("vtpm-link-journal", os.MFD_CLOEXEC)
     os.ftruncate(fd, JOURNAL_BYTES)
     return fd
+
+
+def _socket_pair(
+    kind: socket.SocketKind, ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    our_end, their_end = socket.socketpair(socket.AF_UNIX, kind)
+    return ours.enter_context(our_end), theirs.enter_context(their_end)
+
+
+def _no_resources(args: StartArgs, error: OSError) -> DomainError:
+    return DomainError(f"the instance of {args.name} cannot be started: {error.strerror or error}")
 
 
 def _close_all(fds: list[int]) -> None:

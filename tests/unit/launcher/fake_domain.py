@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from vtpm.confine.report import Protection, ProtectionStatus, Report
 from vtpm.domains.base import DomainPlan
+from vtpm.errors import ConfinementError
 from vtpm.launcher.service import LauncherService
 from vtpm.tpm.types import TpmVersion, VtpmId
 from vtpm.wire.instance_spec import InstanceFd, Role
@@ -36,10 +37,17 @@ class FakeRunning:
         self.link = plan.fds[InstanceFd.MANAGER_LINK]
         self.dies_when_killed = True
         self._how = "signal SIGKILL"
+        self._failed = False
 
     def confine(self) -> None:
         """Be locked in."""
         os.close(self._report)
+
+    def fail(self) -> None:
+        """End before being locked in."""
+        self._failed = True
+        os.close(self._report)
+        self.die()
 
     def die(self, how: str = "signal SIGSEGV") -> None:
         """End, as the process itself would."""
@@ -51,6 +59,8 @@ class FakeRunning:
 
     def report(self) -> Report:
         os.close(self.report_fd)
+        if self._failed:
+            raise ConfinementError("it died before it was confined")
         return (Protection("title", ProtectionStatus.IN_FORCE, "named"),)
 
     def kill(self) -> None:
