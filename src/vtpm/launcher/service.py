@@ -42,6 +42,8 @@ from vtpm.wire.launcher import (
 from vtpm.wire.packet_socket import AsyncPacketServer, Peer, close_fds
 
 CONFINED_TIMEOUT_S = 20.0
+ATTACH_TIMEOUT_S = 8.0
+"""Shorter than the manager waits for the answer."""
 END_TIMEOUT_S = 10.0
 MAX_DEATHS = 5
 DEATHS_WITHIN_S = 60.0
@@ -90,10 +92,7 @@ class LauncherService:
             case "start":
                 return await self._start(args)
             case "attach":
-                slot = self._slot(args)
-                if slot.instance is None:
-                    raise ConflictError(f"{slot.args.name} is being started or replaced")
-                return slot.info(), (slot.instance.manager_end.fileno(),)
+                return await self._attach(self._slot(args))
             case "list":
                 return Instances(tuple(self._slots)), ()
             case "stop":
@@ -157,6 +156,18 @@ class LauncherService:
         task.add_done_callback(self._report_defect)
         return slot.info(), (instance.manager_end.fileno(),)
 
+    async def _attach(self, slot: Slot) -> tuple[InstanceInfo, Sequence[int]]:
+        try:
+            async with asyncio.timeout(ATTACH_TIMEOUT_S):
+                # An instance that is not confined yet is nobody's to talk to.
+                while not slot.confined.is_set():
+                    await slot.confined.wait()
+        except TimeoutError:
+            raise ConflictError(f"{slot.args.name} is being started or replaced") from None
+        if slot.instance is None:
+            raise NotFoundError(f"the instance of {slot.args.name} has ended")
+        return slot.info(), (slot.instance.manager_end.fileno(),)
+
     async def _stop(self, slot: Slot) -> None:
         slot.stopping = True
         if slot.instance is not None:
@@ -183,6 +194,7 @@ class LauncherService:
             how = self._close_instance(slot, instance)
             why = error.message if isinstance(error, VtpmError) else f"it took more than {CONFINED_TIMEOUT_S} s"
             raise DomainError(f"the instance of {slot.args.name} was not started: {why} ({how})") from error
+        slot.confined.set()
         return instance
 
     async def _follow(self, slot: Slot, instance: Instance) -> None:
@@ -233,6 +245,7 @@ class LauncherService:
     def _close_instance(self, slot: Slot, instance: Instance) -> str:
         how = instance.domain.reap()
         slot.instance = None
+        slot.confined.clear()
         self._loop.remove_reader(instance.hold)
         # What the instance parked last may still be in the channel.
         try:
@@ -247,12 +260,14 @@ class LauncherService:
     def _forget(self, slot: Slot) -> None:
         del self._slots[slot.args.vtpm_id]
         slot.ended.set()
+        slot.confined.set()
         slot.close()
-        if slot.instance is not None:
+        instance, slot.instance = slot.instance, None
+        if instance is not None:
             # Only after a defect, or when the launcher ends meanwhile: nothing may run that nobody knows of.
-            self._loop.remove_reader(slot.instance.hold)
-            slot.instance.close()
-            slot.instance.domain.kill()
+            self._loop.remove_reader(instance.hold)
+            instance.close()
+            instance.domain.kill()
 
     def _on_hold(self, slot: Slot, instance: Instance) -> None:
         try:

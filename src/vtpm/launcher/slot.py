@@ -63,6 +63,8 @@ class Slot:
         self.deaths: list[float] = []
         """Monotonic times of recent deaths."""
         self.stopping = False
+        self.confined = asyncio.Event()
+        """Set while there is an instance that is confined; in the end too, for those who wait."""
         self.ended = asyncio.Event()
         """Set when no instance is left and none will follow."""
         self.instance: Instance | None = None

@@ -453,6 +453,11 @@ class ManagerService:
     async def _on_replaced(self, args: Replaced, link_socket: socket.socket) -> None:
         info = args.instance
         running = self.running.get(info.vtpm_id)
+        not_yet = running is None and info.vtpm_id not in self._states
+        if not_yet or (running is not None and running.info.instance_id == info.instance_id):
+            # A manager that has just begun: `attach` gives it the successor, or has given it already.
+            link_socket.close()
+            return
         if running is None or running.info.instance_id != args.dead_instance_id:
             # Not ours to follow (a start that failed meanwhile): a vTPM without a manager must not run.
             link_socket.close()
