@@ -25,20 +25,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the launcher until SIGTERM or SIGINT, which end every instance; return the exit status."""
     parser = argparse.ArgumentParser(prog="vtpm-launcher", description="Starts, confines and stops vTPMs' domains.")
     parser.add_argument("--run-dir", type=Path, required=True, help="directory of the services' sockets")
+    parser.add_argument("--state-dir", type=Path, required=True, help="directory that one launcher at a time works for")
     parser.add_argument("--manager-uid", type=int, default=os.geteuid(), help="user id of the manager")
     parser.add_argument("--uid-base", type=int, default=0x76740100, help="first user id for instances")
     args = parser.parse_args(argv)
     set_up_logging("vtpm-launcher")
     set_title("vtpm-launcher")
     try:
-        asyncio.run(_serve(args.run_dir, args.manager_uid, args.uid_base))
+        asyncio.run(_serve(args.run_dir, args.state_dir, args.manager_uid, args.uid_base))
     except VtpmError as error:
         logging.getLogger("vtpm.launcher").error("%s", error)
         return error.exit_status
     return 0
 
 
-async def _serve(run_dir: Path, manager_uid: int, uid_base: int) -> None:
+async def _serve(run_dir: Path, state_dir: Path, manager_uid: int, uid_base: int) -> None:
+    # Until the process ends. Another run directory, or the same one made anew, is no other host: with a second
+    # launcher over the same vTPMs, one of them could have two instances.
+    ServiceLock(state_dir, "launcher")
     lock = ServiceLock(run_dir, "launcher")
     guests_dir = run_dir / GUESTS_DIR
     guests_dir.mkdir(exist_ok=True)

@@ -33,6 +33,7 @@ class Layout:
 
     vault_dir: Path
     keeper_dir: Path
+    launcher_dir: Path
     log_dir: Path
     manager_uid: int
     manager_gid: int
@@ -47,6 +48,7 @@ def lay_out(config: Config) -> Layout:
     layout = Layout(
         vault_dir=config.state_dir / "vault",
         keeper_dir=config.state_dir / "keeper",
+        launcher_dir=config.state_dir / "launcher",
         log_dir=config.state_dir / "log",
         manager_uid=manager_uid,
         manager_gid=manager_uid if root else os.getegid(),
@@ -56,6 +58,7 @@ def lay_out(config: Config) -> Layout:
         (config.run_dir, 0o755, None),
         (config.state_dir, 0o755, None),
         (layout.log_dir, 0o700, None),
+        (layout.launcher_dir, 0o700, None),
         (layout.vault_dir, 0o700, manager_uid),
         (layout.keeper_dir, 0o700, keeper_uid),
     )
@@ -87,6 +90,7 @@ def start_services(config: Config, layout: Layout) -> None:
             [
                 "vtpm.launcher.main",
                 *("--run-dir", run_dir),
+                *("--state-dir", str(layout.launcher_dir)),
                 *("--manager-uid", str(layout.manager_uid)),
                 *("--uid-base", str(config.uid_base + INSTANCE_UID_OFFSET)),
             ],

@@ -20,10 +20,10 @@ END_TIMEOUT_S = 20.0
 def launcher(*arguments: object, umask: int = -1) -> Iterator[subprocess.Popen[str]]:
     """Run a launcher that is ready; it is ended afterwards."""
     with (
-        tempfile.TemporaryDirectory(prefix="vtpm-notify-") as folder,
+        tempfile.TemporaryDirectory(prefix="vtpm-notify-") as notify_dir,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify,
     ):
-        path = f"{folder}/notify"
+        path = f"{notify_dir}/notify"
         notify.bind(path)
         notify.settimeout(START_TIMEOUT_S)
         process = subprocess.Popen(
@@ -58,8 +58,8 @@ def refused(*arguments: object) -> str:
     return done.stderr.splitlines()[-1]
 
 
-def run_dir(parent: Path, name: str) -> Path:
-    """Make a run directory."""
+def folder(parent: Path, name: str) -> Path:
+    """Make a directory for a launcher."""
     path = parent / name
     path.mkdir()
     return path

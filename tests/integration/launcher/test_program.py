@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.integration.launcher.program import launcher, run_dir
+from tests.integration.launcher.program import folder, launcher
 from vtpm.launcher.descriptors import PER_INSTANCE
 from vtpm.tpm.types import TpmVersion, VtpmId
 from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs, StartArgs, VtpmArgs
@@ -22,15 +22,15 @@ CALL_TIMEOUT_S = 30.0
 
 
 def test_owners_reach_their_sockets_when_the_launcher_was_started_under_a_strict_umask(tmp_path: Path) -> None:
-    run = run_dir(tmp_path, "run")
-    with launcher("--run-dir", run, umask=0o077):
+    run, state = folder(tmp_path, "run"), folder(tmp_path, "state")
+    with launcher("--run-dir", run, "--state-dir", state, umask=0o077):
         assert stat.S_IMODE((run / "guests").stat().st_mode) == 0o755
 
 
 def test_an_instance_takes_no_more_descriptors_than_are_counted_for_it(tmp_path: Path) -> None:
-    run = run_dir(tmp_path, "run")
+    run, state = folder(tmp_path, "run"), folder(tmp_path, "state")
     with (
-        launcher("--run-dir", run) as process,
+        launcher("--run-dir", run, "--state-dir", state) as process,
         contextlib.closing(PacketClient(LAUNCHER, run / LAUNCHER_SOCKET)) as client,
     ):
         client.call("status", NoArgs(), timeout_s=CALL_TIMEOUT_S)

@@ -1,0 +1,37 @@
+"""There is one launcher for a state, and on a host no two that give out the same user ids."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.integration.launcher.program import folder, launcher, refused
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_second_launcher_is_refused_when_its_run_dir_is_another_and_its_state_the_same(tmp_path: Path) -> None:
+    state, other = folder(tmp_path, "state"), folder(tmp_path, "other")
+    with launcher("--run-dir", folder(tmp_path, "run"), "--state-dir", state) as first:
+        error = refused("--run-dir", other, "--state-dir", state)
+        assert f"a launcher already serves {state}, its pid is {first.pid}" in error
+        assert list(other.iterdir()) == [], "it did something before it was refused"
+
+
+def test_second_launcher_is_refused_when_the_run_dir_was_made_anew(tmp_path: Path) -> None:
+    state, run = folder(tmp_path, "state"), folder(tmp_path, "run")
+    with launcher("--run-dir", run, "--state-dir", state) as first:
+        shutil.rmtree(run)
+        run.mkdir()
+        assert f"its pid is {first.pid}" in refused("--run-dir", run, "--state-dir", state)
+
+
+def test_next_launcher_serves_when_the_first_was_killed(tmp_path: Path) -> None:
+    state = folder(tmp_path, "state")
+    with launcher("--run-dir", folder(tmp_path, "run"), "--state-dir", state) as first:
+        first.kill()
+        first.wait(10)
+        with launcher("--run-dir", folder(tmp_path, "other"), "--state-dir", state) as second:
+            assert second.poll() is None
