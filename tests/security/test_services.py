@@ -119,7 +119,7 @@ def test_no_secret_is_in_arguments_environment_or_log_when_vtpms_run(host: Host)
 
 def test_second_manager_is_refused_when_one_runs_in_the_directory(host: Host) -> None:
     done = subprocess.run(
-        [BIN / "vtpm-managerd", "--run-dir", host.run_dir, "--state-dir", host.state_dir],
+        [BIN / "vtpm-managerd", "--config", host.config, "--run-dir", host.run_dir, "--state-dir", host.state_dir],
         capture_output=True,
         text=True,
         timeout=60,

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Self
 
+from tests.support.uids import own_uid_base
 from vtpm.client.manager_client import ManagerClient
 
 BIN = Path(sys.executable).parent
@@ -42,6 +43,10 @@ class Host:
         self.run_dir = self.folder / "run"
         self.state_dir = self.folder / "state"
         self.socket = self.run_dir / "manager.sock"
+        self.config = self.folder / "vtpm.toml"
+        if not self.config.exists():
+            # Kept with the folder, whose files belong to these users.
+            self.config.write_text(f"uid_base = {own_uid_base()}\n")
         self.platform_tpm = platform_tpm
         self._keep = keep
         self._manager: subprocess.Popen[bytes] | None = None
@@ -65,7 +70,8 @@ class Host:
         self._manager = subprocess.Popen(
             [
                 BIN / "vtpm-managerd",
-                *("--state-dir", self.state_dir, "--run-dir", self.run_dir, "--platform-tpm", self.platform_tpm),
+                *("--config", self.config, "--platform-tpm", self.platform_tpm),
+                *("--state-dir", self.state_dir, "--run-dir", self.run_dir),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -16,8 +16,9 @@ from vtpm.domains.process import ProcessDomain
 from vtpm.errors import VtpmError
 from vtpm.launcher.descriptors import instances_for, raise_limit
 from vtpm.launcher.service import LauncherService
+from vtpm.launcher.uid_range import UidRange
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
-from vtpm.wire.launcher import GUESTS_DIR, LAUNCHER, LAUNCHER_SOCKET
+from vtpm.wire.launcher import GUESTS_DIR, LAUNCHER, LAUNCHER_SOCKET, MAX_INSTANCES
 from vtpm.wire.packet_socket import AsyncPacketServer, ServiceLock
 
 
@@ -44,6 +45,8 @@ async def _serve(run_dir: Path, state_dir: Path, manager_uid: int, uid_base: int
     # launcher over the same vTPMs, one of them could have two instances.
     ServiceLock(state_dir, "launcher")
     lock = ServiceLock(run_dir, "launcher")
+    if os.geteuid() == 0:
+        UidRange(uid_base, MAX_INSTANCES)
     guests_dir = run_dir / GUESTS_DIR
     guests_dir.mkdir(exist_ok=True)
     # Whatever the umask: owners of vTPMs must be able to pass.

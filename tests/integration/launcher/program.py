@@ -9,16 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.support.uids import own_uid_base
 
 START_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 20.0
 
 
 @contextlib.contextmanager
-def launcher(*arguments: object, umask: int = -1) -> Iterator[subprocess.Popen[str]]:
-    """Run a launcher that is ready; it is ended afterwards."""
+def launcher(*arguments: object, uid_base: int | None = None, umask: int = -1) -> Iterator[subprocess.Popen[str]]:
+    """Run a launcher that is ready, with user ids of its own unless told; it is ended afterwards."""
     with (
         tempfile.TemporaryDirectory(prefix="vtpm-notify-") as notify_dir,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify,
@@ -27,7 +29,7 @@ def launcher(*arguments: object, umask: int = -1) -> Iterator[subprocess.Popen[s
         notify.bind(path)
         notify.settimeout(START_TIMEOUT_S)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "vtpm.launcher.main", *map(str, arguments)],
+            _command(arguments, uid_base),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -44,10 +46,10 @@ def launcher(*arguments: object, umask: int = -1) -> Iterator[subprocess.Popen[s
             process.communicate(timeout=END_TIMEOUT_S)
 
 
-def refused(*arguments: object) -> str:
+def refused(*arguments: object, uid_base: int | None = None) -> str:
     """Run a launcher that does not start; return its last line."""
     done = subprocess.run(
-        [sys.executable, "-I", "-m", "vtpm.launcher.main", *map(str, arguments)],
+        _command(arguments, uid_base),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         env={"PATH": os.defpath},
@@ -63,3 +65,8 @@ def folder(parent: Path, name: str) -> Path:
     path = parent / name
     path.mkdir()
     return path
+
+
+def _command(arguments: Sequence[object], uid_base: int | None) -> list[str]:
+    base = own_uid_base() if uid_base is None else uid_base
+    return [sys.executable, "-I", "-m", "vtpm.launcher.main", *map(str, arguments), "--uid-base", str(base)]
