@@ -61,7 +61,7 @@ _stand_in("cryptography.hazmat.primitives.kdf.hkdf", HKDF=_Derive, HKDFExpand=_D
 _stand_in("vtpm.platform_tpm.platform_tpm", PlatformTpm=object)
 
 from vtpm.embedded_tpm import store as embedded  # noqa: E402
-from vtpm.keeper import root_key  # noqa: E402
+from vtpm.keeper import durable_file, root_key  # noqa: E402
 from vtpm.platform_tpm.pcrs import PcrSelection  # noqa: E402
 from vtpm.platform_tpm.root_policy import PcrSet  # noqa: E402
 from vtpm.platform_tpm.sealed_blob import IndexRef, SealedBlob  # noqa: E402
@@ -94,7 +94,7 @@ class OsWithout:
 
 def mutate(variant: str) -> None:
     """Take away what the variant names, as `store-what`."""
-    modules: dict[str, Any] = {"vault": sqlite_file, "embedded": embedded, "root": root_key}
+    modules: dict[str, Any] = {"vault": sqlite_file, "embedded": embedded, "root": durable_file}
     left_out = {"files": stat.S_ISREG, "directories": stat.S_ISDIR}
     for module in modules.values():
         module.os = os
@@ -126,7 +126,7 @@ class PlainTpm:
         return PcrSet(label, selection, (bytes(32),) * len(selection.indexes))
 
     def seal_root(
-        self, root: Secret, first: PcrSet, save: Callable[[SealedBlob], None], *, zero_pcrs: object
+        self, root: Secret, first: PcrSet, save: Callable[[SealedBlob], None], *, zero_pcrs: object, fence_pcr: object
     ) -> SealedBlob:
         name = b"\0\x0b" + bytes(32)
         index = IndexRef(0x01815650, name)
@@ -170,7 +170,8 @@ def write(folder: Path, rounds: int, mark: Mark) -> None:
         if version % 4 == 1:
             (folder / f"root-{version}").mkdir()
             _settle(folder)
-            root = root_key.open_root_key(folder / f"root-{version}", tpm, PcrSelection.parse("sha256:0"), none)
+            new = root_key.NewRoot(PcrSelection.parse("sha256:0"), none)
+            root = root_key.open_root_key(folder / f"root-{version}", tpm, new)
             mark(f"root-{version}={hashlib.sha256(root.secret.reveal()).hexdigest()}")
         tpm_store.save(StateKind.PERMANENT, blob("embedded", version))
         mark(f"embedded={version}")
