@@ -34,9 +34,12 @@ class Host:
         platform_tpm: as `vtpm-managerd --platform-tpm`.
         folder: to use again after an earlier Host with keep=True; a new one when None.
         keep: whether the folder stays when this ends.
+        settings: further lines of the configuration file, in TOML.
     """
 
-    def __init__(self, platform_tpm: str = "embedded", folder: Path | None = None, *, keep: bool = False) -> None:
+    def __init__(
+        self, platform_tpm: str = "embedded", folder: Path | None = None, *, keep: bool = False, settings: str = ""
+    ) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="vtpm-host-"))
         # Services of other users must be able to pass.
         self.folder.chmod(0o755)
@@ -46,7 +49,7 @@ class Host:
         self.config = self.folder / "vtpm.toml"
         if not self.config.exists():
             # Kept with the folder, whose files belong to these users.
-            self.config.write_text(f"uid_base = {own_uid_base()}\n")
+            self.config.write_text(f"uid_base = {own_uid_base()}\n{settings}")
         self.platform_tpm = platform_tpm
         self._keep = keep
         self._manager: subprocess.Popen[bytes] | None = None
@@ -90,6 +93,16 @@ class Host:
         self._manager.terminate()
         self._manager.wait(30)
         self._close_log()
+
+    def shut_down(self) -> None:
+        """End everything in order, as `vtpm shutdown` does, and wait for its end."""
+        pids = [pid for service in SERVICES if (pid := self.pid(service)) is not None]
+        self.cli("shutdown", "--yes")
+        assert self._manager is not None
+        self._manager.wait(30)
+        self._close_log()
+        for pid in pids:
+            assert wait_ended(pid, 30), f"process {pid} did not end"
 
     def kill(self, service: str) -> None:
         """Kill one service (see SERVICES) with SIGKILL and wait for its end."""
@@ -203,12 +216,14 @@ def _wait_for_line(fd: int, wanted: bytes, timeout_s: float, log: bytearray) -> 
     deadline = time.monotonic() + timeout_s
     poller = select.poll()
     poller.register(fd, select.POLLIN)
+    # What an earlier process of the same log said does not count.
+    begin = len(log)
     while (left := deadline - time.monotonic()) > 0 and poller.poll(left * 1000):
         data = os.read(fd, 65536)
         if not data:
             break
         log += data
-        for line in bytes(log).splitlines():
+        for line in bytes(log[begin:]).splitlines():
             if wanted in line:
                 return line
     return b""

@@ -56,6 +56,8 @@ class SwtpmPlatform:
         for path in (self.socket_path, control):
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(os.fspath(path))
+            # A keeper has a user id of its own.
+            path.chmod(0o666)
             listener.listen(8)
             listeners.append(listener)
         data_fd, control_fd = (listener.fileno() for listener in listeners)

@@ -118,7 +118,8 @@ def recovery_key(session: Session, output: Path | None, yes: bool) -> None:
     elif session.output is Output.JSON:
         print_json({"recovery_key": text})
     else:
-        print_line(text)
+        for line in text.splitlines():
+            print_line(line)
         print_message("write it down and keep it off this machine; it is shown this once")
 
 

@@ -65,7 +65,9 @@ class PlatformService:
         """Open the vault by the recovery key, on the platform as it is now."""
         caller.require_admin("recover the vault")
         await asyncio.to_thread(self._keeper.recover, given.recovery_key)
-        await self._accept(_event(caller, "recovered"))
+        # Noted by the store itself if the anchor went with the TPM, and the store is taken for the newest.
+        await self._accept(_event(caller, "store_accepted"))
+        await self._note(_event(caller, "recovered"))
 
 
 def _policy(state: PolicyState) -> Policy:

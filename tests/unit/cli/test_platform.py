@@ -62,6 +62,7 @@ def test_the_last_set_that_matches_stays_when_nobody_can_be_asked(cli: Cli, mana
 def test_recovery_key_is_shown_once_or_written_to_a_new_file(cli: Cli, manager: CannedManager, tmp_path: Path) -> None:
     shown = cli("recovery-key", "--json")
     assert json.loads(shown.out) == {"recovery_key": RECOVERY_KEY}
+    assert cli("recovery-key").out == f"{RECOVERY_KEY}\n"
     path = tmp_path / "key"
     written = cli("recovery-key", "--output", str(path))
     assert written.status == 0
