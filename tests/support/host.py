@@ -35,10 +35,17 @@ class Host:
         folder: to use again after an earlier Host with keep=True; a new one when None.
         keep: whether the folder stays when this ends.
         settings: further lines of the configuration file, in TOML.
+        uid_base: a setting; None leaves it out.
     """
 
     def __init__(
-        self, platform_tpm: str = "embedded", folder: Path | None = None, *, keep: bool = False, settings: str = ""
+        self,
+        platform_tpm: str = "embedded",
+        folder: Path | None = None,
+        *,
+        keep: bool = False,
+        settings: str = "",
+        uid_base: int | None = 0,
     ) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="vtpm-host-"))
         # Services of other users must be able to pass.
@@ -49,7 +56,8 @@ class Host:
         self.config = self.folder / "vtpm.toml"
         if not self.config.exists():
             # Kept with the folder, whose files belong to these users.
-            self.config.write_text(f"uid_base = {own_uid_base()}\n{settings}")
+            base = "" if uid_base is None else f"uid_base = {uid_base or own_uid_base()}\n"
+            self.config.write_text(base + settings)
         self.platform_tpm = platform_tpm
         self._keep = keep
         self._manager: subprocess.Popen[bytes] | None = None

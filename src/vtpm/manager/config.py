@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tomllib
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from vtpm.vault.anchor import AnchorPolicy
 from vtpm.wire.paths import default_run_dir, default_state_dir
 
 UID_BASE = 0x76740000
+"""Of the host whose state is in its usual place; decision record 5."""
+UID_SPACING = 2048
+UID_BLOCKS = 1024
 MANAGER_UID_OFFSET = 1
 KEEPER_UID_OFFSET = 2
 INSTANCE_UID_OFFSET = 0x100
@@ -32,7 +36,7 @@ class Config:
         fence_pcr: PCR, one of `pcrs`, that is extended once the root key is open; 0 for no fence.
         anchor: "each-commit", "interval", or "auto": the first for the embedded TPM, the second for hardware's wear.
         anchor_interval_s: seconds that an answered change waits for its anchor at most, in interval mode.
-        uid_base: see decision record 5; used when started by root.
+        uid_base: see decision record 5; used when started by root; 0 for what follows from state_dir.
         admin_uids: who, besides root, may see and do everything.
         create_gids: members of these groups (as their primary group) may have vTPMs of their own.
     """
@@ -45,7 +49,7 @@ class Config:
     fence_pcr: int = 0
     anchor: str = "auto"
     anchor_interval_s: int = 60
-    uid_base: int = UID_BASE
+    uid_base: int = 0
     admin_uids: tuple[int, ...] = ()
     create_gids: tuple[int, ...] = ()
 
@@ -58,6 +62,19 @@ class Config:
 
 
 _CHOICES = {"zero_pcrs": ("refuse", "warn"), "anchor": ("auto", "each-commit", "interval")}
+
+
+def default_uid_base(state_dir: Path) -> int:
+    """Return the first user id of a host by the place of its state, so that two hosts on a machine have their own."""
+    if state_dir == default_state_dir(0, {}):
+        return UID_BASE
+    place = int.from_bytes(hashlib.sha256(os.fsencode(state_dir)).digest()[:4], "big")
+    return UID_BASE + UID_SPACING * (1 + place % (UID_BLOCKS - 1))
+
+
+def is_default_uid_base(base: int) -> bool:
+    """Whether `default_uid_base` gives this for some place: a state that was moved keeps its user ids."""
+    return base in range(UID_BASE, UID_BASE + UID_SPACING * UID_BLOCKS, UID_SPACING)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:

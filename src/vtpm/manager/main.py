@@ -20,7 +20,7 @@ from vtpm.manager.access import Caller
 from vtpm.manager.config import Config, load_config
 from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
-from vtpm.manager.services import Layout, lay_out, start_services
+from vtpm.manager.services import Layout, lay_out, make_run_dir, start_services
 from vtpm.manager.storage import Storage, open_storage
 from vtpm.vault.records import Event
 from vtpm.wire.api import MANAGER_SOCKET
@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.config,
             {"state_dir": args.state_dir, "run_dir": args.run_dir, "platform_tpm": args.platform_tpm},
         )
-        layout = lay_out(config)
+        make_run_dir(config)
         lock = ServiceLock(config.run_dir, "manager")
+        layout = lay_out(config)
         # Whoever connects is known by SO_PEERCRED, and what they may do follows from that.
         listener = bind_unix_socket(config.run_dir / MANAGER_SOCKET, socket.SOCK_STREAM, mode=0o666)
         start_services(config, layout)

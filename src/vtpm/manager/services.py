@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from vtpm.errors import ConflictError, UnavailableError
-from vtpm.manager.config import INSTANCE_UID_OFFSET, KEEPER_UID_OFFSET, MANAGER_UID_OFFSET, Config
+from vtpm.errors import ConflictError, UnavailableError, UsageError
+from vtpm.manager.config import (
+    INSTANCE_UID_OFFSET,
+    KEEPER_UID_OFFSET,
+    MANAGER_UID_OFFSET,
+    Config,
+    default_uid_base,
+    is_default_uid_base,
+)
 from vtpm.wire.keeper import KeeperClient, KeeperStatus, PlatformKind
 from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs
 from vtpm.wire.packet_socket import PacketClient
@@ -38,13 +45,24 @@ class Layout:
     manager_uid: int
     manager_gid: int
     keeper_uid: int
+    instances_uid: int
+
+
+def make_run_dir(config: Config) -> None:
+    """Make the run directory, where the manager's lock is. Raises UnavailableError: it cannot be made."""
+    _make_directory(config.run_dir, 0o755, None)
 
 
 def lay_out(config: Config) -> Layout:
-    """Make the directories and settle the user ids. Raises UnavailableError: a directory cannot be made."""
+    """Make the directories and settle the user ids; the caller has the manager's lock.
+
+    Raises:
+        UnavailableError: a directory cannot be made.
+        UsageError: the state belongs to other user ids than the configuration names.
+    """
     root = os.geteuid() == 0
-    manager_uid = config.uid_base + MANAGER_UID_OFFSET if root else os.geteuid()
-    keeper_uid = config.uid_base + KEEPER_UID_OFFSET if root else os.geteuid()
+    base = _uid_base(config) if root else 0
+    manager_uid = base + MANAGER_UID_OFFSET if root else os.geteuid()
     layout = Layout(
         vault_dir=config.state_dir / "vault",
         keeper_dir=config.state_dir / "keeper",
@@ -52,26 +70,45 @@ def lay_out(config: Config) -> Layout:
         log_dir=config.state_dir / "log",
         manager_uid=manager_uid,
         manager_gid=manager_uid if root else os.getegid(),
-        keeper_uid=keeper_uid,
+        keeper_uid=base + KEEPER_UID_OFFSET if root else os.geteuid(),
+        instances_uid=base + INSTANCE_UID_OFFSET if root else os.geteuid(),
     )
-    plan = (
-        (config.run_dir, 0o755, None),
-        (config.state_dir, 0o755, None),
-        (layout.log_dir, 0o700, None),
-        (layout.launcher_dir, 0o700, None),
-        (layout.vault_dir, 0o700, manager_uid),
-        (layout.keeper_dir, 0o700, keeper_uid),
-    )
-    for path, mode, owner in plan:
-        try:
-            path.mkdir(mode=mode, parents=True, exist_ok=True)
-            if path.stat().st_uid == os.geteuid():
-                path.chmod(mode)
-            if owner is not None and root:
-                os.chown(path, owner, owner)
-        except OSError as error:
-            raise UnavailableError(f"the directory {path} cannot be made or changed: {error.strerror}") from error
+    _make_directory(config.state_dir, 0o755, None)
+    _make_directory(layout.log_dir, 0o700, None)
+    _make_directory(layout.launcher_dir, 0o700, None)
+    _make_directory(layout.vault_dir, 0o700, layout.manager_uid)
+    _make_directory(layout.keeper_dir, 0o700, layout.keeper_uid)
     return layout
+
+
+def _uid_base(config: Config) -> int:
+    """Return the first user id: what is configured, else what the state has, else one by the state's place."""
+    vault_dir = config.state_dir / "vault"
+    if not vault_dir.exists():
+        return config.uid_base or default_uid_base(config.state_dir)
+    found = vault_dir.stat().st_uid - MANAGER_UID_OFFSET
+    if found == config.uid_base or (not config.uid_base and is_default_uid_base(found)):
+        return found
+    wanted = config.uid_base or default_uid_base(config.state_dir)
+    raise UsageError(
+        f"{vault_dir} belongs to user id {found + MANAGER_UID_OFFSET}, and the manager is to run as"
+        f" {wanted + MANAGER_UID_OFFSET}",
+        next_step=f"Set uid_base to {found}, or give the files to the new user ids:"
+        f" chown -R {wanted + MANAGER_UID_OFFSET} {vault_dir}, chown -R {wanted + KEEPER_UID_OFFSET}"
+        f" {config.state_dir / 'keeper'}",
+    )
+
+
+def _make_directory(path: Path, mode: int, owner: int | None) -> None:
+    try:
+        new = not path.exists()
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        if path.stat().st_uid == os.geteuid():
+            path.chmod(mode)
+        if new and owner is not None and os.geteuid() == 0:
+            os.chown(path, owner, owner)
+    except OSError as error:
+        raise UnavailableError(f"the directory {path} cannot be made or changed: {error.strerror}") from error
 
 
 def start_services(config: Config, layout: Layout) -> None:
@@ -92,7 +129,7 @@ def start_services(config: Config, layout: Layout) -> None:
                 *("--run-dir", run_dir),
                 *("--state-dir", str(layout.launcher_dir)),
                 *("--manager-uid", str(layout.manager_uid)),
-                *("--uid-base", str(config.uid_base + INSTANCE_UID_OFFSET)),
+                *("--uid-base", str(layout.instances_uid)),
             ],
             layout.log_dir,
         )

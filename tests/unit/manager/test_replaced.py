@@ -15,14 +15,17 @@ from uuid import uuid4
 
 import pytest
 
+from tests.unit.vault.world import MAC_KEY, MemoryKeeper
 from vtpm.manager.service import ManagerService, Running
+from vtpm.manager.storage import Storage
 from vtpm.tpm.types import InstanceId, TpmVersion, VtpmId
+from vtpm.vault.anchor import AnchorPolicy
 from vtpm.vault.committer import Committer
 from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.vault import Vault
 from vtpm.wire.api import LifeState
-from vtpm.wire.launcher import InstanceInfo, NoArgs, Replaced, VtpmArgs
+from vtpm.wire.launcher import InstanceInfo, Instances, NoArgs, Replaced, VtpmArgs
 
 pytestmark = pytest.mark.timeout(30)
 RECORD = VtpmRecord(
@@ -49,22 +52,28 @@ class _Launcher:
 
     async def call(self, op: str, args: object, *, timeout_s: float) -> tuple[Any, tuple[int, ...]]:
         assert timeout_s > 0
+        if op == "list":
+            return Instances(()), ()
         self.asked.append((op, args))
         return NoArgs(), ()
 
 
+def _storage(folder: Path) -> Storage:
+    keeper = MemoryKeeper()
+    committer = Committer(SqliteStore(folder, MAC_KEY, keeper), keeper, AnchorPolicy())
+    return Storage(committer, Vault(committer))
+
+
 def _run(folder: Path, test: Callable[[ManagerService, _Launcher], Awaitable[None]]) -> None:
     async def run() -> None:
-        committer = Committer(SqliteStore(folder))
-        vault = Vault(committer)
-        service = ManagerService(folder, folder, committer, vault)
+        service = ManagerService(folder, folder, lambda _: _storage(folder))
         launcher = _Launcher()
         service.launcher = launcher  # type: ignore[assignment]
         try:
+            await service.door.open()
             await test(service, launcher)
         finally:
-            vault.close()
-            committer.close()
+            await service.door.close()
 
     before = len(os.listdir("/proc/self/fd"))
     asyncio.run(run())
