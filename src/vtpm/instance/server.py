@@ -20,17 +20,18 @@ from collections.abc import Callable
 from functools import partial
 
 from vtpm.errors import ProtocolError, VtpmError
-from vtpm.guest_link.control_link import PARTIAL_RETRY_S, ControlLink, close_descriptors
+from vtpm.guest_link.control_link import PARTIAL_RETRY_S, ControlLink
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.journal import Journal, JournaledPower
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.control import ControlSession
+from vtpm.instance.control_client import ControlClient
 from vtpm.instance.hold import Hold
 from vtpm.instance.lockout_watch import Seen
 from vtpm.instance.manager_channel import ManagerChannel
 from vtpm.instance.worker import Power, Worker
 from vtpm.tpm.types import Startup
-from vtpm.wire.emulator import Command, Init, encode_reply
+from vtpm.wire.emulator import Command, encode_reply
 from vtpm.wire.hold import ParkedKind
 from vtpm.wire.instance_spec import InstanceArgs, InstanceFd, Role
 from vtpm.wire.manager_link import (
@@ -81,7 +82,7 @@ class InstanceServer:
         self._control_journal = Journal(InstanceFd.CONTROL_JOURNAL)
         self._data_journal = Journal(InstanceFd.DATA_JOURNAL)
         self._channel = ManagerChannel(
-            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self._poke, self._complain
+            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self._poke, self.complain
         )
         failed = args.role is Role.SUCCESSOR and self._control_journal.power is JournaledPower.ON
         self._worker = Worker(
@@ -93,10 +94,7 @@ class InstanceServer:
             self._on_lockout,
         )
         self._session = ControlSession(self._worker, args.tpm_version)
-        self._control: ControlLink | None = None
-        self._control_waits = False
-        self._control_partial: ControlLink | None = None
-        self._queued: deque[object] = deque()
+        self._control: ControlClient | None = None
         self._emulator_attached = False
         self._data_client: DataLink | None = None
         self._client = ClientKind.NONE
@@ -108,11 +106,11 @@ class InstanceServer:
         }
         for listener in self._listeners.values():
             listener.setblocking(False)
-        self._watch(self._wake, self._on_wake)
-        self._watch(self._hold, self._on_hold)
-        self._watch(self._channel, self._on_channel)
-        self._watch(self._listeners[InstanceFd.CONTROL_LISTENER], self._on_control_connect)
-        self._watch(self._listeners[InstanceFd.DATA_LISTENER], self._on_data_connect)
+        self.watch(self._wake, self._on_wake)
+        self.watch(self._hold, self._on_hold)
+        self.watch(self._channel, self._on_channel)
+        self.watch(self._listeners[InstanceFd.CONTROL_LISTENER], self._on_control_connect)
+        self.watch(self._listeners[InstanceFd.DATA_LISTENER], self._on_data_connect)
         self._parked = {kind for kind in (InstanceFd.CONTROL, InstanceFd.DATA) if kind in fds}
 
     def start_threads(self) -> None:
@@ -123,8 +121,10 @@ class InstanceServer:
         """Serve until told to end; return the exit status."""
         self._take_over()
         while self._ending is None:
-            ready = self._selector.select(PARTIAL_RETRY_S if self._control_partial else None)
-            self._look_for_rest()
+            partial_control = self._control if self._control is not None and self._control.is_partial else None
+            ready = self._selector.select(None if partial_control is None else PARTIAL_RETRY_S)
+            if partial_control is not None:
+                partial_control.look_for_rest()
             for key, events in ready:
                 if key.fileobj is self._channel and events & selectors.EVENT_WRITE:
                     self._write_channel()
@@ -144,23 +144,12 @@ class InstanceServer:
             self._emulator_attached = True
             self._worker.submit(partial(self._worker.do_attach, link))
         if InstanceFd.CONTROL in self._parked:
-            self._control = ControlLink(socket.socket(fileno=InstanceFd.CONTROL), self._control_journal)
-            self._watch(self._control, self._on_control)
-            self._settle_control(self._control)
+            # Known before it is settled, for it may end in that.
+            self._control = self._new_control(socket.socket(fileno=InstanceFd.CONTROL))
+            self._control.settle()
         if self._args.role is Role.SUCCESSOR and not self._emulator_attached and self._worker.power is Power.OFF:
             self._power_on_for_next_client()
         self._tell_client()
-
-    def _settle_control(self, control: ControlLink) -> None:
-        try:
-            command = control.unfinished()
-            if command is Command.INIT:
-                # The guest is in reset and waits for this: no TPM it knows is replaced behind its back.
-                self._carry_out(Init(0))
-            elif command is not None:
-                control.fail_unfinished(ControlSession.FAIL)
-        except OSError:
-            self._end_control()
 
     # -- manager link -----------------------------------------------------------------------------------------------
     def _on_channel(self) -> None:
@@ -241,92 +230,18 @@ class InstanceServer:
             self._refuse(connection, encode_reply(Command.GET_CAPABILITY, ControlSession.IN_USE))
             return
         self._control_journal.end()
-        self._control = ControlLink(connection, self._control_journal)
-        self._watch(self._control, self._on_control)
+        self._control = self._new_control(connection)
 
-    def _on_control(self) -> None:
-        control = self._control
-        if control is None or self._control_waits:
-            return
-        try:
-            received = control.receive()
-        except OSError:
-            self._end_control()
-            return
-        if received.ended:
-            close_descriptors(received)
-            self._end_control()
-            return
-        if not received.requests and not received.descriptors:
-            # Half a request is in the socket, which stays readable: not to be waited on until a little later.
-            self._selector.unregister(control)
-            self._control_partial = control
-            return
-        try:
-            for request in received.requests:
-                if request.command is Command.SET_DATAFD and not self._control_waits:
-                    self._answer(self._set_datafd(received.take_descriptor()))
-                else:
-                    self._queued.append(request)
-                    self._carry_out_queued()
-        finally:
-            close_descriptors(received)
+    def _new_control(self, connection: socket.socket) -> ControlClient:
+        link = ControlLink(connection, self._control_journal)
+        return ControlClient(link, self._control_journal, self._session, self._worker, self)
 
-    def _carry_out_queued(self) -> None:
-        """Carry out what a client sent ahead, strictly one after the other."""
-        while self._queued and not self._control_waits and self._ending is None:
-            self._carry_out(self._queued.popleft())
+    def on_control_spent(self) -> None:
+        """See ControlHost."""
+        self._end(Ending.SPENT, "the engine failed; a successor powers the TPM on")
 
-    def _look_for_rest(self) -> None:
-        control, self._control_partial = self._control_partial, None
-        if control is not None:
-            self._watch(control, self._on_control)
-
-    def _carry_out(self, request: object) -> None:
-        """Answer a request at once, or when the TPM thread has done it; nothing is read from the client meanwhile."""
-        if isinstance(request, Init) and self._worker.spent:
-            # This engine is beyond use. The journal says that INIT is open: the successor carries it out.
-            self._end(Ending.SPENT, "the engine failed; a successor powers the TPM on")
-            return
-        outcome = self._session.handle(request)
-        if outcome.cancel:
-            self._worker.cancel()
-        if outcome.job is None:
-            self._answer(outcome.reply)
-            return
-        self._pause_control()
-        job = outcome.job
-
-        def run() -> None:
-            reply = job()
-            self._post(partial(self._resume_control, reply, request))
-
-        self._worker.submit(run)
-
-    def _answer(self, reply: bytes) -> None:
-        if self._control is None:
-            return
-        self._control_journal.locality = self._worker.locality
-        try:
-            self._control.reply(reply)
-        except OSError:
-            self._end_control()
-
-    def _pause_control(self) -> None:
-        self._control_waits = True
-        if self._control is not None:
-            self._selector.unregister(self._control)
-
-    def _resume_control(self, reply: bytes, request: object) -> None:
-        self._control_waits = False
-        if self._control is not None:
-            self._watch(self._control, self._on_control)
-        if isinstance(request, Init) and self._worker.spent:
-            self._complain("the TPM could not be powered on")
-        self._answer(reply)
-        self._carry_out_queued()
-
-    def _set_datafd(self, fd: int | None) -> bytes:
+    def set_datafd(self, fd: int | None) -> bytes:
+        """See ControlHost."""
         if fd is None or self._control is None:
             return encode_reply(Command.SET_DATAFD, ControlSession.FAIL)
         try:
@@ -342,23 +257,16 @@ class InstanceServer:
             )
             return encode_reply(Command.SET_DATAFD, ControlSession.IN_USE)
         self._hold.park(ParkedKind.DATA, sock.fileno())
-        self._hold.park(ParkedKind.CONTROL, self._control.fileno())
+        self._hold.park(ParkedKind.CONTROL, self._control.link.fileno())
         self._data_journal.reset()
         self._emulator_attached = True
         self._worker.submit(partial(self._worker.do_attach, EmulatorDataLink(sock, self._data_journal)))
         self._tell_client()
         return encode_reply(Command.SET_DATAFD)
 
-    def _end_control(self) -> None:
-        """The control client has gone. If it was an emulator, its power goes with it, and the next client may come."""
-        control, self._control = self._control, None
-        if control is None:
-            return
-        if not self._control_waits:
-            self._selector.unregister(control)
-        self._control_waits = False
-        self._queued.clear()
-        control.close()
+    def on_control_ended(self) -> None:
+        """See ControlHost. If it was an emulator, its power goes with it, and the next client may come."""
+        self._control = None
         if not self._emulator_attached:
             return
         self._emulator_attached = False
@@ -411,11 +319,11 @@ class InstanceServer:
                 connection.send(answer)
             self._drop_refused(connection)
 
-        self._watch(connection, answered)
+        self.watch(connection, answered)
 
     def _drop_refused(self, connection: socket.socket) -> None:
         self._refused.remove(connection)
-        self._selector.unregister(connection)
+        self.unwatch(connection)
         connection.close()
 
     def _accept(self, name: InstanceFd) -> socket.socket | None:
@@ -429,7 +337,7 @@ class InstanceServer:
     def _tell_client(self, connection: socket.socket | None = None) -> None:
         if self._emulator_attached and self._control is not None:
             self._client = ClientKind.EMULATOR
-            pid, uid = _peer(self._control.socket)
+            pid, uid = _peer(self._control.link.socket)
         elif connection is not None:
             self._client = ClientKind.DATA
             pid, uid = _peer(connection)
@@ -455,7 +363,7 @@ class InstanceServer:
 
     def _on_detached(self) -> None:
         # In the TPM thread.
-        self._post(self._tell_if_free)
+        self.post(self._tell_if_free)
 
     def _tell_if_free(self) -> None:
         if self._worker.link is None:
@@ -466,19 +374,20 @@ class InstanceServer:
         try:
             job()
         except VtpmError as error:
-            self._post(partial(finished, error))
+            self.post(partial(finished, error))
         else:
-            self._post(partial(finished, None))
+            self.post(partial(finished, None))
 
     def _reported(self, error: VtpmError | None) -> None:
         if error is not None:
             self._note(f"the TPM was not powered on for the next client: {error.message}")
 
     def _note(self, text: str) -> None:
-        self._complain(text)
+        self.complain(text)
         self._channel.tell(Note(text))
 
-    def _complain(self, text: str) -> None:
+    def complain(self, text: str) -> None:
+        """Write a line to the log."""
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
@@ -489,9 +398,10 @@ class InstanceServer:
     def _end(self, ending: Ending, why: str) -> None:
         if self._ending is None:
             self._ending = ending
-            self._complain(why)
+            self.complain(why)
 
-    def _post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], None]) -> None:
+        """Have this run in the main thread; from any thread."""
         self._posted.append(call)
         self._poke()
 
@@ -504,8 +414,13 @@ class InstanceServer:
         while self._posted:
             self._posted.popleft()()
 
-    def _watch(self, what: selectors._HasFileno | int, call: Callable[[], None]) -> None:  # type: ignore[name-defined]
+    def watch(self, what: selectors._HasFileno | int, call: Callable[[], None]) -> None:  # type: ignore[name-defined]
+        """Call back whenever this is readable."""
         self._selector.register(what, selectors.EVENT_READ, call)
+
+    def unwatch(self, what: selectors._HasFileno | int) -> None:  # type: ignore[name-defined]
+        """Call back no more."""
+        self._selector.unregister(what)
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:
