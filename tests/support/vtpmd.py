@@ -249,8 +249,9 @@ class Vtpmd:
     def connect(self, name: str) -> socket.socket:
         """Connect to its "data" or "control" socket."""
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(TIMEOUT_S)
+        # With a time limit, connect fails at once when the queue of the listener is full.
         sock.connect(str(self.folder / name))
+        sock.settimeout(TIMEOUT_S)
         return sock
 
 

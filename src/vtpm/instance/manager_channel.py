@@ -10,14 +10,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
+from vtpm.instance.outbox import Outbox
 from vtpm.instance.worker import Permit
 from vtpm.tpm.types import StateKind
-from vtpm.wire.framing import BadFrame, Deframer, encode_frame
+from vtpm.wire.framing import BadFrame, Deframer
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     MAX_SEQ,
@@ -35,7 +35,6 @@ from vtpm.wire.manager_link import (
     StateEnd,
     ToManager,
     decode_message,
-    encode_message,
 )
 from vtpm.wire.manager_link import Permit as PermitMessage
 from vtpm.wire.manager_link_peers import StateReceiver, save_messages
@@ -86,7 +85,7 @@ class ManagerChannel:
         self._complain = complain
         self._deframer = Deframer(MAX_BODY_BYTES)
         self._lock = threading.Lock()
-        self._out: deque[memoryview] = deque()
+        self._out = Outbox()
         self._open: _Open | None = None
         self._last_seq = 0
 
@@ -133,19 +132,20 @@ class ManagerChannel:
     def _ask(self, question: _Open, deadline_s: float, what: str) -> None:
         with self._lock:
             self._open = question
-            self._queue(question.messages)
+            self._out.ask(question.messages)
         self._wake()
         answered = question.answered.wait(max(0.0, deadline_s - time.monotonic()))
         with self._lock:
             self._open = None
+            self._out.give_up(question.messages)
         if not answered:
             raise UnavailableError(f"the manager did not answer {what} in time")
 
     # -- any thread -------------------------------------------------------------------------------------------------
     def tell(self, message: ToManager) -> None:
-        """Send a message that has no answer, or is one."""
+        """Send a message that has no answer, or is one. A manager that does not read misses some: see Outbox."""
         with self._lock:
-            self._queue((message,))
+            self._out.put(message)
         self._wake()
 
     @property
@@ -168,13 +168,9 @@ class ManagerChannel:
         with self._lock:
             while self._out:
                 try:
-                    sent = self._sock.send(self._out[0])
+                    self._out.sent(self._sock.send(self._out.head))
                 except BlockingIOError:
                     return
-                if sent < len(self._out[0]):
-                    self._out[0] = self._out[0][sent:]
-                else:
-                    self._out.popleft()
 
     def on_readable(self) -> bool:
         """Take what has come. Returns False when the link has ended. Raises OSError: the link is gone."""
@@ -202,17 +198,13 @@ class ManagerChannel:
                 return
             if question.state is not None:
                 question.state = StateReceiver(question.seq)
-            self._queue(question.messages)
+            self._out.ask(question.messages)
         self._wake()
 
     def forget_unsent(self) -> None:
         """Drop what was queued for a manager that is gone, from the next frame on."""
         with self._lock:
-            # The frame that is partly sent must end, or its rest would swallow the next.
-            self._out = deque(list(self._out)[:1])
-
-    def _queue(self, messages: Iterable[ToManager]) -> None:
-        self._out.extend(memoryview(encode_frame(encode_message(message))) for message in messages)
+            self._out.clear()
 
     def _receive(self, body: bytes) -> None:
         message = decode_message(body, Direction.TO_INSTANCE)
