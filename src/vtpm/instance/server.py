@@ -13,7 +13,6 @@ import enum
 import os
 import selectors
 import socket
-import struct
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from vtpm.instance.control_client import ControlClient
 from vtpm.instance.hold import Hold
 from vtpm.instance.lockout_watch import Seen
 from vtpm.instance.manager_channel import ManagerChannel
+from vtpm.instance.refusals import Complaints, Refusals, peer
 from vtpm.instance.worker import Power, Worker
 from vtpm.tpm.types import Startup
 from vtpm.wire.emulator import Command, encode_reply
@@ -51,8 +51,6 @@ from vtpm.wire.manager_link import (
 )
 
 _POWER = {Power.OFF: LinkPower.OFF, Power.ON: LinkPower.ON, Power.FAILED: LinkPower.FAILED}
-_PEERCRED = struct.Struct("3i")
-_MAX_WAITING_REFUSED = 4
 EXIT_SPENT = 70
 """Exit status of an instance that can serve no more and wants a successor."""
 
@@ -82,7 +80,7 @@ class InstanceServer:
         self._control_journal = Journal(InstanceFd.CONTROL_JOURNAL)
         self._data_journal = Journal(InstanceFd.DATA_JOURNAL)
         self._channel = ManagerChannel(
-            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self._poke, self.complain
+            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self._poke, Complaints(self.complain).add
         )
         failed = args.role is Role.SUCCESSOR and self._control_journal.power is JournaledPower.ON
         self._worker = Worker(
@@ -99,7 +97,10 @@ class InstanceServer:
         self._data_client: DataLink | None = None
         self._client = ClientKind.NONE
         self._told: ClientChanged | None = None
-        self._refused: list[socket.socket] = []
+        # Apart, so that no flood of refusals keeps a failure unsaid.
+        self._complaints = Complaints(self._note)
+        self._failures = Complaints(self._note)
+        self._refusals = Refusals(self, self._complaints)
         self._ending: Ending | None = None
         self._listeners = {
             name: socket.socket(fileno=name) for name in (InstanceFd.CONTROL_LISTENER, InstanceFd.DATA_LISTENER)
@@ -227,7 +228,7 @@ class InstanceServer:
         if connection is None:
             return
         if self._control is not None:
-            self._refuse(connection, encode_reply(Command.GET_CAPABILITY, ControlSession.IN_USE))
+            self._refusals.refuse(connection, encode_reply(Command.GET_CAPABILITY, ControlSession.IN_USE))
             return
         self._control_journal.end()
         self._control = self._new_control(connection)
@@ -252,7 +253,7 @@ class InstanceServer:
         is_stream = sock.family is socket.AF_UNIX and sock.type is socket.SOCK_STREAM
         if not is_stream or self._emulator_attached or self._has_data_client():
             sock.close()
-            self._note(
+            self._complaints.add(
                 "an emulator was refused its data channel: another client uses the TPM, or it is no stream socket"
             )
             return encode_reply(Command.SET_DATAFD, ControlSession.IN_USE)
@@ -293,7 +294,7 @@ class InstanceServer:
         if connection is None:
             return
         if self._emulator_attached or self._has_data_client():
-            self._refuse(connection, refuse(self._args.tpm_version, Refusal.IN_USE))
+            self._refusals.refuse(connection, refuse(self._args.tpm_version, Refusal.IN_USE))
             return
         self._data_client = DataLink(connection)
         self._worker.submit(partial(self._worker.do_attach, self._data_client))
@@ -303,28 +304,6 @@ class InstanceServer:
         # What this thread has accepted counts, not what the TPM thread has come to serve.
         link = self._data_client
         return link is not None and link.alive and not link.peer_gone()
-
-    def _refuse(self, connection: socket.socket, answer: bytes) -> None:
-        """Answer a second client's first request with a refusal, so that it can say why it was turned away."""
-        pid, uid = _peer(connection)
-        self._note(f"a second client (pid {pid}, uid {uid}) was refused: another one uses the TPM")
-        while len(self._refused) >= _MAX_WAITING_REFUSED:
-            self._drop_refused(self._refused[0])
-        connection.setblocking(False)
-        self._refused.append(connection)
-
-        def answered() -> None:
-            with contextlib.suppress(OSError):
-                connection.recv(65536)
-                connection.send(answer)
-            self._drop_refused(connection)
-
-        self.watch(connection, answered)
-
-    def _drop_refused(self, connection: socket.socket) -> None:
-        self._refused.remove(connection)
-        self.unwatch(connection)
-        connection.close()
 
     def _accept(self, name: InstanceFd) -> socket.socket | None:
         try:
@@ -337,10 +316,10 @@ class InstanceServer:
     def _tell_client(self, connection: socket.socket | None = None) -> None:
         if self._emulator_attached and self._control is not None:
             self._client = ClientKind.EMULATOR
-            pid, uid = _peer(self._control.link.socket)
+            pid, uid = peer(self._control.link.socket)
         elif connection is not None:
             self._client = ClientKind.DATA
-            pid, uid = _peer(connection)
+            pid, uid = peer(connection)
         else:
             self._client = ClientKind.NONE
             pid, uid = 0, 0
@@ -380,7 +359,7 @@ class InstanceServer:
 
     def _reported(self, error: VtpmError | None) -> None:
         if error is not None:
-            self._note(f"the TPM was not powered on for the next client: {error.message}")
+            self._failures.add(f"the TPM was not powered on for the next client: {error.message}")
 
     def _note(self, text: str) -> None:
         self.complain(text)
@@ -421,15 +400,6 @@ class InstanceServer:
     def unwatch(self, what: selectors._HasFileno | int) -> None:  # type: ignore[name-defined]
         """Call back no more."""
         self._selector.unregister(what)
-
-
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """Pid and uid of a connected peer; 0 where the kernel does not say (another PID or user namespace)."""
-    try:
-        pid, uid, _ = _PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
-    except OSError:
-        return 0, 0
-    return max(pid, 0), max(uid, 0)
 
 
 def check(fds: set[int]) -> None:

@@ -1,6 +1,6 @@
 """A bounded right to do something that somebody else causes: so many at once, so many in the long run.
 
-Pure; for the host services.
+Pure; for the host services and the instance.
 """
 
 from __future__ import annotations
