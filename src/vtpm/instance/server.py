@@ -200,12 +200,8 @@ class InstanceServer:
             self._on_shutdown(message)
 
     def _on_power_on(self, message: PowerOn) -> None:
-        if self._worker.power is not Power.OFF or self._emulator_attached:
-            self._channel.tell(Done(message.seq, "conflict", f"the TPM is {self._worker.power.value} or has a guest"))
-            return
-        self._worker.submit(
-            partial(self._job, partial(self._worker.do_power_on, message.startup), partial(self._done, message.seq))
-        )
+        job = partial(self._worker.do_start, message.startup, has_guest=self._emulator_attached)
+        self._worker.submit(partial(self._job, job, partial(self._done, message.seq)))
 
     def _on_shutdown(self, message: Shutdown) -> None:
         orderly = message.mode is ShutdownMode.ORDERLY

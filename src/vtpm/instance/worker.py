@@ -19,7 +19,7 @@ from functools import partial
 from typing import Protocol
 
 from vtpm.engine.engine import Engine, Origin, Served, ServeEnd
-from vtpm.errors import EngineError, StateError, VtpmError
+from vtpm.errors import ConflictError, EngineError, StateError, VtpmError
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.lockout_watch import LockoutWatch, Seen
@@ -157,6 +157,21 @@ class Worker:
         return self._link
 
     # -- jobs -------------------------------------------------------------------------------------------------------
+    def do_start(self, startup: Startup, *, has_guest: bool) -> None:
+        """Power the TPM on for the manager, unless a guest was faster: that is what was wanted, too.
+
+        Args:
+            startup: as in `do_power_on`.
+            has_guest: whether an emulator is attached, which powers the TPM by its own protocol.
+        Raises:
+            ConflictError: the TPM failed, or a startup was asked for where it is the guest's to send.
+            VtpmError: as `do_power_on`.
+        """
+        if self._power is Power.OFF and not has_guest:
+            self.do_power_on(startup)
+        elif self._power is Power.FAILED or startup is not Startup.NONE:
+            raise ConflictError(f"the TPM is {self._power.value}{' and has a guest' if has_guest else ''}")
+
     def do_power_on(self, startup: Startup, *, keep_volatile: bool = True) -> None:
         """Power the TPM on with the state that the manager has for it, and give it TPM2_Startup if asked to.
 
