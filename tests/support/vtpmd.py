@@ -176,7 +176,9 @@ class Vtpmd:
         else:
             self.listeners, self.journals = predecessor.listeners, predecessor.journals
         fds = [their_hold.fileno(), their_link.fileno(), *(one.fileno() for one in self.listeners), *self.journals]
-        self._parked: dict[ParkedKind, int] = dict(predecessor.parked()) if predecessor else {}
+        self._parked: dict[ParkedKind, int] = {}
+        if predecessor is not None:
+            self._parked, predecessor._parked = predecessor._take_parked(), {}
         fds += [self._parked[kind] for kind in ParkedKind if kind in self._parked]
         args = InstanceArgs(version, Role.SUCCESSOR if predecessor else Role.FIRST)
         self.log = (self.folder / "log").open("a+")
@@ -198,7 +200,7 @@ class Vtpmd:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self.log.close()
-        for fd in self.parked().values():
+        for fd in self._take_parked().values():
             os.close(fd)
         self._hold.close()
         if self._folder is not None:
@@ -208,8 +210,8 @@ class Vtpmd:
                 os.close(journal)
             self._folder.cleanup()
 
-    def parked(self) -> dict[ParkedKind, int]:
-        """What it has had kept, as the launcher keeps it: still this object's to close."""
+    def _take_parked(self) -> dict[ParkedKind, int]:
+        """Take what it has had kept, as the launcher does."""
         self._hold.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:

@@ -30,7 +30,6 @@ from vtpm.instance.lockout_watch import Seen
 from vtpm.instance.manager_channel import ManagerChannel
 from vtpm.instance.refusals import Complaints, Refusals, peer
 from vtpm.instance.worker import Power, Worker
-from vtpm.tpm.types import Startup
 from vtpm.wire.emulator import Command, encode_reply
 from vtpm.wire.hold import ParkedKind
 from vtpm.wire.instance_spec import InstanceArgs, InstanceFd, Role
@@ -149,7 +148,7 @@ class InstanceServer:
             self._control = self._new_control(socket.socket(fileno=InstanceFd.CONTROL))
             self._control.settle()
         if self._args.role is Role.SUCCESSOR and not self._emulator_attached and self._worker.power is Power.OFF:
-            self._power_on_for_next_client()
+            self._serve_next()
         self._tell_client()
 
     # -- manager link -----------------------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ class InstanceServer:
 
         def finished(error: VtpmError | None) -> None:
             self._done(message.seq, error)
-            self._end(Ending.SHUTDOWN, "shut down")
+            self._end(Ending.SHUTDOWN, "shut down" if error is None else error.message)
 
         self._worker.submit(partial(self._job, job, finished))
 
@@ -270,19 +269,28 @@ class InstanceServer:
         self._hold.drop(ParkedKind.CONTROL)
         self._hold.drop(ParkedKind.DATA)
         self._worker.submit(self._worker.do_detach)
-        self._worker.submit(partial(self._job, self._worker.do_orderly_power_off, self._reported))
         self._worker.locality = 0
         self._control_journal.locality = 0
         self._tell_client()
         if self._worker.spent:
-            # Nobody is left who could reset this TPM; a successor that starts powered off serves the next client.
-            self._control_journal.power = JournaledPower.OFF
-            self._end(Ending.SPENT, "the engine failed and its guest is gone")
-            return
-        self._power_on_for_next_client()
+            self._end_without_guest()
+        else:
+            self._serve_next()
 
-    def _power_on_for_next_client(self) -> None:
-        self._worker.submit(partial(self._job, partial(self._worker.do_power_on, Startup.NONE), self._reported))
+    def _serve_next(self) -> None:
+        self._worker.submit(partial(self._job, self._worker.do_serve_next, self._on_next))
+
+    def _on_next(self, error: VtpmError | None) -> None:
+        if error is None:
+            return
+        self._failures.add(f"the TPM is not ready for its next client: {error.message}")
+        if self._worker.spent and not self._emulator_attached:
+            self._end_without_guest()
+
+    def _end_without_guest(self) -> None:
+        # Nobody is left who could reset this TPM; a successor that starts powered off serves the next client.
+        self._control_journal.power = JournaledPower.OFF
+        self._end(Ending.SPENT, "the engine failed and its guest is gone")
 
     # -- data socket ------------------------------------------------------------------------------------------------
     def _on_data_connect(self) -> None:
@@ -352,10 +360,6 @@ class InstanceServer:
             self.post(partial(finished, error))
         else:
             self.post(partial(finished, None))
-
-    def _reported(self, error: VtpmError | None) -> None:
-        if error is not None:
-            self._failures.add(f"the TPM was not powered on for the next client: {error.message}")
 
     def _note(self, text: str) -> None:
         self.complain(text)

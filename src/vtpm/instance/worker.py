@@ -19,18 +19,21 @@ from functools import partial
 from typing import Protocol
 
 from vtpm.engine.engine import Engine, Origin, Served, ServeEnd
-from vtpm.errors import ConflictError, EngineError, StateError, VtpmError
+from vtpm.errors import ConflictError, EngineError, StateError, StoreError, VtpmError
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.lockout_watch import LockoutWatch, Seen
 from vtpm.tpm.lockout import GET_LOCKOUT
 from vtpm.tpm.power_commands import SHUTDOWN_CLEAR, SHUTDOWN_CODE, STARTUP
+from vtpm.tpm.return_codes import Rc20
 from vtpm.tpm.types import Locality, Startup, StateKind, TpmVersion
 from vtpm.wire.tpm_stream import BadCommand, BadReason, TpmCommand
 
 EXIT_DEFECT = 72
 
 _SUCCESS = bytes(4)
+_SHUT_DOWN = frozenset({_SUCCESS, Rc20.TPM_RC_INITIALIZE.to_bytes(4, "big")})
+"""Answers to TPM2_Shutdown of a TPM that has nothing left to save; the second is that of one never started up."""
 
 
 class Power(enum.Enum):
@@ -219,17 +222,36 @@ class Worker:
     def do_stop(self) -> None:
         """Carry out STOP, with which every reset begins. A failed TPM stays failed until INIT.
 
-        An emulator's first STOP is no reset: it ends in order what the clients before it did.
+        An emulator's first STOP is no reset: it ends in order what the clients before it did. That this did not work
+        shows in the TPM's power, and is none of the emulator's doing.
         """
         if self._inherited:
-            self.do_orderly_power_off()
+            with contextlib.suppress(VtpmError):
+                self.do_orderly_power_off()
         self.do_power_off()
 
     def do_orderly_power_off(self) -> None:
-        """Send TPM2_Shutdown(CLEAR) unless a shutdown was the guest's last command, then cut the power."""
+        """Send TPM2_Shutdown(CLEAR) unless a shutdown was the guest's last command, then cut the power.
+
+        Raises:
+            StoreError: what TPM2_Shutdown saves was not kept. The power is cut, and the TPM is FAILED.
+            EngineError: the TPM did not carry it out. The power is cut.
+        """
+        code = _SUCCESS
         if self._power is Power.ON and self._version is TpmVersion.V2_0 and not self._was_shut_down():
-            self._process(SHUTDOWN_CLEAR, 0)
+            code = self._process(SHUTDOWN_CLEAR, 0)[6:10]
+        lost = self._engine.store_error
         self.do_power_off()
+        if code in _SHUT_DOWN:
+            return
+        if lost is not None:
+            raise StoreError(f"the TPM was not shut down in order: its state could not be kept ({lost})")
+        raise EngineError(f"the TPM was not shut down in order: it answered TPM2_Shutdown with 0x{code.hex()}")
+
+    def do_serve_next(self) -> None:
+        """End in order what the client before did, and be ready for the next one. Raises VtpmError: it is not."""
+        self.do_orderly_power_off()
+        self.do_power_on(Startup.NONE)
 
     def do_store_volatile(self) -> None:
         """Hand the volatile state to the manager. Raises VtpmError: it is not kept."""

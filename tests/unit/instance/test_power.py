@@ -6,9 +6,10 @@ import pytest
 
 from tests.support.vtpmd import PlayedEmulator, Vtpmd
 from tests.unit.engine import commands
+from vtpm.instance.server import EXIT_SPENT
 from vtpm.tpm.types import Startup
 from vtpm.wire.emulator import Command, Init, Plain, decode_reply, encode_request
-from vtpm.wire.manager_link import LinkPower, PowerChanged
+from vtpm.wire.manager_link import LinkPower, Note, PowerChanged
 
 RC_INITIALIZE = 0x100
 
@@ -43,3 +44,55 @@ def test_power_on_is_a_conflict_when_a_startup_is_asked_for_under_a_guest(vtpmd:
         done = vtpmd.manager.power_on(startup)
         assert (done.code, done.message) == ("conflict", "the TPM is on and has a guest")
         assert emulator.control(Plain(Command.GET_CONFIG)).result == 0
+
+
+def test_orderly_stop_is_answered_with_the_error_when_its_shutdown_cannot_be_kept(vtpmd: Vtpmd) -> None:
+    assert vtpmd.manager.power_on(Startup.CLEAR).code == ""
+    vtpmd.manager.keeps = False
+    done = vtpmd.manager.shut_down()
+    assert done.code == "store"
+    assert "no space left" in done.message
+    assert vtpmd.exit_status() == 0
+    assert vtpmd.manager.of(PowerChanged)[-1].power is LinkPower.FAILED
+
+
+@pytest.mark.parametrize("startup", [Startup.NONE, Startup.CLEAR])
+def test_orderly_stop_is_answered_with_success_when_all_is_kept(vtpmd: Vtpmd, startup: Startup) -> None:
+    assert vtpmd.manager.power_on(startup).code == ""
+    assert vtpmd.manager.shut_down().code == ""
+    assert vtpmd.exit_status() == 0
+    assert vtpmd.manager.of(PowerChanged)[-1].power is LinkPower.OFF
+
+
+def test_a_successor_is_wanted_when_the_state_of_a_guest_that_left_cannot_be_kept(vtpmd: Vtpmd) -> None:
+    with PlayedEmulator(vtpmd) as emulator:
+        assert emulator.control(Init(0)).result == 0
+        assert commands.code_of(emulator.tpm(commands.startup())) == 0
+        vtpmd.manager.keeps = False
+    assert vtpmd.exit_status() == EXIT_SPENT
+    vtpmd.manager.wait_for(Note, lambda note: "no space left" in note.message)
+    vtpmd.manager.keeps = True
+    vtpmd.kill()
+    with Vtpmd(predecessor=vtpmd) as successor:
+        successor.manager.hello()
+        successor.manager.wait_for(PowerChanged, lambda told: told.power is LinkPower.ON)
+        with PlayedEmulator(successor) as emulator:
+            assert emulator.control(Init(0)).result == 0
+            assert commands.code_of(emulator.tpm(commands.startup())) == 0
+            assert commands.code_of(emulator.tpm(commands.get_random(8))) == 0
+
+
+def test_reset_goes_on_when_what_the_client_before_did_cannot_be_kept(vtpmd: Vtpmd) -> None:
+    assert vtpmd.manager.power_on(Startup.CLEAR).code == ""
+    with PlayedEmulator(vtpmd) as emulator:
+        vtpmd.manager.keeps = False
+        assert emulator.control(Plain(Command.STOP)).result == 0
+        vtpmd.manager.wait_for(PowerChanged, lambda told: told.power is LinkPower.FAILED)
+        emulator.control_socket.sendall(encode_request(Init(0)))
+        assert vtpmd.exit_status() == EXIT_SPENT
+        vtpmd.manager.keeps = True
+        vtpmd.kill()
+        with Vtpmd(predecessor=vtpmd) as successor:
+            successor.manager.hello()
+            assert decode_reply(Command.INIT, emulator.control_socket.recv(64)).result == 0
+            assert commands.code_of(emulator.tpm(commands.startup())) == 0
