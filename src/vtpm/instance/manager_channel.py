@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
 from vtpm.instance.outbox import Outbox
-from vtpm.instance.worker import Permit
+from vtpm.instance.state_keeper import Permit
 from vtpm.tpm.types import StateKind
 from vtpm.wire.framing import BadFrame, Deframer
 from vtpm.wire.manager_link import (

@@ -13,19 +13,18 @@ import select
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 from vtpm.engine.engine import Engine, Origin, Served, ServeEnd
 from vtpm.errors import ConflictError, EngineError, StateError, StoreError, VtpmError
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.lockout_watch import LockoutWatch, Seen
+from vtpm.instance.state_keeper import Permit, StateKeeper
 from vtpm.tpm.lockout import GET_LOCKOUT
 from vtpm.tpm.power_commands import SHUTDOWN_CLEAR, SHUTDOWN_CODE, STARTUP
-from vtpm.tpm.return_codes import Rc20
+from vtpm.tpm.return_codes import Rc12, Rc20
 from vtpm.tpm.types import Locality, Startup, StateKind, TpmVersion
 from vtpm.wire.tpm_stream import BadCommand, BadReason, TpmCommand
 
@@ -43,25 +42,6 @@ class Power(enum.Enum):
     ON = "on"
     FAILED = "failed"
     """Answers failure to everything until the guest resets (decision record 1), or until it is started anew."""
-
-
-@dataclass(frozen=True)
-class Permit:
-    """The manager's one-time permit to manufacture; answers a load when no state was ever saved."""
-
-    permit_id: bytes
-
-
-class StateKeeper(Protocol):
-    """Where state comes from and goes to: the manager link. Both calls block, bounded, in the TPM thread."""
-
-    def load(self) -> Mapping[StateKind, bytes] | Permit:
-        """Return the vTPM's state, or a permit to manufacture. Raises VtpmError: neither is to be had."""
-        ...
-
-    def save(self, kind: StateKind, data: bytes, permit: Permit | None) -> None:
-        """Return once the state is durable; empty data deletes this kind. Raises VtpmError: it is not durable."""
-        ...
 
 
 class Worker:
@@ -267,21 +247,25 @@ class Worker:
 
     def do_hash_start(self) -> int:
         """DRTM: begin a measurement. Returns the result code."""
-        result = self._engine.hash_start()
-        self.established = self._engine.established()
-        return result
+        return self._beside_commands(self._engine.hash_start)
 
     def do_hash_data(self, data: bytes) -> int:
         """DRTM: measure data. Returns the result code."""
-        return self._engine.hash_data(data)
+        return self._beside_commands(partial(self._engine.hash_data, data))
 
     def do_hash_end(self) -> int:
         """DRTM: end a measurement. Returns the result code."""
-        return self._engine.hash_end()
+        return self._beside_commands(self._engine.hash_end)
 
     def do_reset_established(self, locality: int) -> int:
         """Clear the established bit. Returns the result code."""
-        result = self._engine.reset_established(Locality(locality))
+        return self._beside_commands(partial(self._engine.reset_established, Locality(locality)))
+
+    def _beside_commands(self, act: Callable[[], int]) -> int:
+        """Run what is no command and yet may write state; that this was not kept shows at once, as with a command."""
+        result = act()
+        if self._failed_to_store():
+            return int(Rc12.TPM_FAIL)
         self.established = self._engine.established()
         return result
 
