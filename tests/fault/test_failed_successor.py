@@ -87,8 +87,12 @@ class Emulator:
             poller.register(sock, select.POLLIN)
         assert not poller.poll(for_s * 1000), "an answer came to no request"
 
+    def send_tpm_part(self, data: bytes) -> None:
+        """Send part of a TPM command."""
+        self._data.sendall(data)
+
     def tpm(self, command: bytes) -> bytes:
-        """Send a TPM command and take its one whole response."""
+        """Send a TPM command, or the rest of one, and take its one whole response."""
         self._data.sendall(command)
         response = _exactly(self._data, 10)
         return response + _exactly(self._data, struct.unpack_from(">I", response, 2)[0] - 10)
@@ -194,6 +198,24 @@ def test_half_a_request_is_answered_once_it_is_whole_when_the_vtpmd_dies_between
                 emulator.check_silence(0)
                 emulator.power_on()
         client.stop(name, force=True)
+
+
+def test_half_a_tpm_command_is_answered_once_it_is_whole_when_the_vtpmd_dies_between_its_halves(
+    client: ManagerClient,
+) -> None:
+    client.create("half-tpm")
+    whole = commands.get_random(8)
+    with Emulator(Path(client.start("half-tpm").control_socket)) as emulator:
+        emulator.power_on()
+        for cut in (1, 9, 10, len(whole) - 1)[:KILLS_PER_VTPM]:
+            emulator.send_tpm_part(whole[:cut])
+            emulator.check_silence(0.01)
+            _kill(client, "half-tpm")
+            emulator.check_silence()
+            assert commands.code_of(emulator.tpm(whole[cut:])) == RC_FAILURE
+            emulator.check_silence(0)
+            emulator.power_on()
+            assert len(emulator.tpm(whole)) == 20
 
 
 @pytest.mark.timeout(300)

@@ -103,11 +103,8 @@ class PlayedManager:
             return [one for one in self.told if isinstance(one, kind)]
 
     def pause(self) -> None:
-        """Read no more, as a manager that is dead while the launcher keeps its end."""
+        """Read no more after one read that is under way, as a manager that is dead while the launcher keeps its end."""
         self._reads.clear()
-        # One read may be waiting already.
-        self._send(Hello(bytes(SESSION_BYTES)))
-        self.wait_for(Ready, lambda ready: ready.session == bytes(SESSION_BYTES))
 
     def go_on(self) -> None:
         """Read again."""
@@ -198,17 +195,23 @@ class Vtpmd:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
-        self.log.close()
-        for fd in self._take_parked().values():
-            os.close(fd)
-        self._hold.close()
+        self.close()
         if self._folder is not None:
             for listener in self.listeners:
                 listener.close()
             for journal in self.journals:
                 os.close(journal)
             self._folder.cleanup()
+
+    def close(self) -> None:
+        """End the process and let go of what is its own, but not of what its successors go on with. Safe to repeat."""
+        if self._hold.fileno() < 0:
+            return
+        self.kill()
+        self.log.close()
+        for fd in self._take_parked().values():
+            os.close(fd)
+        self._hold.close()
 
     def _take_parked(self) -> dict[ParkedKind, int]:
         """Take what it has had kept, as the launcher does."""
@@ -242,6 +245,11 @@ class Vtpmd:
         """How much memory it has now."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def processor_s(self) -> float:
+        """How much processor time it has used so far, in seconds."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def exit_status(self) -> int:
         """Wait for its end and return the status."""

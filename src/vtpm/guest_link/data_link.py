@@ -32,6 +32,8 @@ class DataLink:
         self._framer = CommandFramer(MAX_COMMAND_BYTES)
         self.alive = True
         """False once the peer has gone or has sent what cannot be followed; then close it."""
+        self.waits_for_rest = False
+        """Half a command was left in the socket, which stays readable: wait for a change, not for what is there."""
 
     def fileno(self) -> int:
         """Descriptor to wait on."""
@@ -130,25 +132,38 @@ class EmulatorDataLink(DataLink):
             self._journal.send_rest(self._sock, _REPLY_TIMEOUT_S)
         elif self._journal.state is LinkState.BUSY:
             # QEMU never sends ahead: what can still be read was not taken, and is served like any command.
-            if _readable(self._sock):
+            if _polled(self._sock, select.POLLIN):
                 self._journal.end()
             else:
                 self._send(failure)
 
     def receive(self) -> Sequence[TpmCommand | BadCommand]:
-        """As DataLink.receive, noted in the journal before the request leaves the socket."""
-        self._journal.begin(b"")
-        items = super().receive()
-        if not items and self.alive and not self._framer.buffered_bytes:
-            # Nothing had come: a successor must not answer a request that was never made.
-            self._journal.end()
+        """As DataLink.receive, noted in the journal before the request leaves the socket.
+
+        Half a command stays in the socket, where a successor finds it with its other half, and the journal says nothing
+        of it: BUSY stands for a whole one alone. `waits_for_rest` is then True.
+        """
+        self.waits_for_rest = False
+        try:
+            waiting = self._sock.recv(_RECEIVE_BYTES, socket.MSG_PEEK)
+        except BlockingIOError:
+            return ()
+        framer = CommandFramer(MAX_COMMAND_BYTES)
+        items = framer.feed(waiting)
+        if items:
+            self._journal.begin(b"")
+            self._sock.recv(len(waiting) - framer.buffered_bytes)
+            self.alive = not isinstance(items[-1], BadCommand)
+        else:
+            self.alive = bool(waiting) and not _polled(self._sock, select.POLLRDHUP)
+            self.waits_for_rest = self.alive
         return items
 
     def _send(self, reply: bytes) -> None:
         self._journal.reply(self._sock, reply, _REPLY_TIMEOUT_S)
 
 
-def _readable(sock: socket.socket) -> bool:
+def _polled(sock: socket.socket, event: int) -> bool:
     poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return any(event & select.POLLIN for _, event in poller.poll(0))
+    poller.register(sock, event)
+    return any(events & event for _, events in poller.poll(0))

@@ -80,8 +80,9 @@ class Worker:
         self._inherited = False
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._wake, select.POLLIN)
+        self._poll = select.epoll()
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._link_events = 0
         self._thread = threading.Thread(target=self._run, name="tpm", daemon=True)
         self.established = False
         """The established bit as of the last job, so that asking for it never waits for a command."""
@@ -278,7 +279,8 @@ class Worker:
         """Serve this data channel from now on, in place of one that is gone."""
         self.do_detach()
         self._link = link
-        self._poll.register(link, select.POLLIN)
+        self._link_events = select.EPOLLIN
+        self._poll.register(link, self._link_events)
         if isinstance(link, EmulatorDataLink):
             self._inherited = self._engine.powered
             # A predecessor may have left a request unanswered. Nobody can know what it did; it failed.
@@ -313,13 +315,23 @@ class Worker:
                 self._serve_waiting()
 
     def _serve_waiting(self) -> None:
-        for fd, _ in self._poll.poll():
+        for fd, _ in self._poll.poll(-1, 2):
             if fd == self._wake:
                 self._run_jobs()
                 # A job may have put another link at a descriptor that this round of events still names.
                 break
-            if self._link is not None and fd == self._link.fileno():
-                self._serve(self._link, self._link.receive)
+            link = self._link
+            if link is not None and fd == link.fileno():
+                self._serve(link, link.receive)
+                if self._link is link:
+                    self._wait_on(link)
+
+    def _wait_on(self, link: DataLink) -> None:
+        # Edge-triggered for the rest of a command, for what is there of it keeps the socket readable.
+        events = select.EPOLLIN | select.EPOLLET if link.waits_for_rest else select.EPOLLIN
+        if events != self._link_events:
+            self._link_events = events
+            self._poll.modify(link, events)
 
     def _run_jobs(self) -> None:
         with contextlib.suppress(BlockingIOError):
