@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
@@ -21,7 +22,12 @@ from vtpm.cli.session import Session, json_option, name_argument, pass_session
 from vtpm.errors import ConflictError, ProtocolError, UsageError
 from vtpm.wire.api import LifeState, Vtpm
 
+if TYPE_CHECKING:
+    from vtpm.client.manager_client import ManagerClient
+
 _FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+_HANG_UP_S = 2.0
+_LOOK_EVERY_S = 0.05
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL of asm-generic/siginfo.h, which the signal module does not name
 
 
@@ -56,11 +62,8 @@ def run(session: Session, context: click.Context, name: str, command: tuple[str,
                 exit_status = run_in_foreground(_with_vtpm(command, vtpm))
                 detached = exit_status == 0 and detaches(command)
             finally:
-                if detached or _has_live_client(manager.show(name)):
+                if detached or not _stop_unless_used(manager, name, session):
                     print_message(f"{name} is in use and goes on; when done: vtpm stop {name}")
-                else:
-                    with progress(f"Stopping {name}", session.output):
-                        manager.stop(name, force=True)
     context.exit(exit_status)
 
 
@@ -120,6 +123,20 @@ def _refuse_if_in_use(vtpm: Vtpm) -> None:
         )
 
 
-def _has_live_client(vtpm: Vtpm) -> bool:
-    # The manager may not yet have heard that the command's connection has gone.
-    return vtpm.client is not None and vtpm.client.pid > 0 and Path(f"/proc/{vtpm.client.pid}").exists()
+def _stop_unless_used(manager: ManagerClient, name: str, session: Session) -> bool:
+    """Stop the vTPM in order; return False, and leave it running, when another client uses it."""
+    deadline_s = time.monotonic() + _HANG_UP_S
+    while manager.show(name).client is not None:
+        # The command has ended, and the manager is about to hear that its connection has gone; or it is another's.
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    try:
+        with progress(f"Stopping {name}", session.output):
+            # Not forced: a virtual machine that came just now keeps its TPM.
+            manager.stop(name)
+    except ConflictError:
+        if manager.show(name).client is None:
+            raise
+        return False
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -93,15 +92,55 @@ def test_the_vtpm_goes_on_when_the_command_has_detached(manager: CannedManager) 
     assert changes(manager) == [START]
 
 
+UP = [*PYTHON, "print('up', flush=True); input()"]
+# What an instance in a PID namespace of its own knows of a client: that there is one, and its user.
+OTHER = replace(RUNNING, client=Client("data", 0, 1000))
+
+
+def _run_until_up() -> subprocess.Popen[str]:
+    program = start_program("run", "web1", "--", *UP)
+    assert program.stdout is not None
+    assert program.stdout.readline() == "up\n"
+    return program
+
+
 def test_the_vtpm_goes_on_when_somebody_else_uses_it_by_then(manager: CannedManager) -> None:
     manager.vtpms["web1"] = STOPPED
-    program = start_program("run", "web1", "--", *PYTHON, "print('up', flush=True); input()")
-    assert program.stdout is not None
-    program.stdout.readline()
-    manager.vtpms["web1"] = replace(RUNNING, client=Client("emulator", os.getpid(), 0))
+    program = _run_until_up()
+    manager.vtpms["web1"] = OTHER
     ended = finish(program, "\n")
     assert ended.status == 0
+    assert "web1 is in use and goes on; when done: vtpm stop web1\n" in ended.err
     assert changes(manager) == [START]
+
+
+def test_the_vtpm_is_stopped_when_the_hang_up_of_the_command_is_heard_a_little_later(manager: CannedManager) -> None:
+    manager.vtpms["web1"] = STOPPED
+    program = _run_until_up()
+    manager.vtpms["web1"] = OTHER
+    manager.after_looks["web1"] = (2, RUNNING)
+    ended = finish(program, "\n")
+    assert (ended.status, changes(manager)) == (0, [START, STOP])
+    assert manager.asked[-1].body == {"force": False}
+
+
+def test_the_vtpm_goes_on_when_a_virtual_machine_comes_between_the_last_look_and_the_stop(
+    manager: CannedManager,
+) -> None:
+    manager.vtpms["web1"] = STOPPED
+    program = _run_until_up()
+    manager.used_at_stop["web1"] = IN_USE
+    ended = finish(program, "\n")
+    assert ended.status == 0
+    assert "web1 is in use and goes on; when done: vtpm stop web1\n" in ended.err
+    assert manager.vtpms["web1"] is IN_USE
+
+
+def test_no_process_is_named_when_the_one_that_uses_it_is_not_known(manager: CannedManager) -> None:
+    manager.vtpms["web1"] = OTHER
+    ended = finish(start_program("run", "web1", "--", *PRINT_WORDS))
+    assert ended.status == 4
+    assert ended.err.startswith("error: web1 is in use by another client\n")
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]

@@ -115,6 +115,10 @@ class CannedManager:
     asked: list[Asked] = field(default_factory=list)
     answer: tuple[int, bytes, int] | None = None
     control_socket: str = RUNNING.control_socket
+    after_looks: dict[str, tuple[int, Vtpm]] = field(default_factory=dict)
+    """What a vTPM becomes once it has been looked at so often."""
+    used_at_stop: dict[str, Vtpm] = field(default_factory=dict)
+    """What a vTPM has become when it is to be stopped, which is refused then."""
     release: threading.Event = field(default_factory=threading.Event)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -178,7 +182,13 @@ class CannedManager:
                 self.recovered_with = body["recovery_key"]
                 return 200, self.status
             case ["GET", "vtpms", name]:
-                return 200, self._find(name)
+                found = self._find(name)
+                if name in self.after_looks:
+                    looks, later = self.after_looks[name]
+                    self.after_looks[name] = (looks - 1, later)
+                    if looks == 1:
+                        self._put(later)
+                return 200, found
             case ["DELETE", "vtpms", name]:
                 del self.vtpms[self._find(name).name]
                 return 204, None
@@ -192,6 +202,9 @@ class CannedManager:
                         measurement=RUNNING.measurement,
                     )
                 )
+            case ["POST", "vtpms", name, "stop"] if name in self.used_at_stop:
+                self._put(self.used_at_stop[name])
+                raise ConflictError(f"vTPM {name} is in use by a virtual machine")
             case ["POST", "vtpms", name, "stop"]:
                 return 200, self._put(replace(self._find(name), state=LifeState.STOPPED, control_socket=""))
         raise AssertionError(f"no such request: {method} {path}")
