@@ -23,16 +23,16 @@ _DECLARATIONS = """
 
     struct vtpm_response { unsigned char *data; uint32_t size; uint32_t capacity; };
     struct vtpm_turn {
-        uint32_t event, error, input_size, sent, commands;
+        uint32_t event, error, input_size, sent, has_last;
         unsigned char last_code[4], last_result[4];
         unsigned char input[...];
         ...;
     };
-    uint32_t vtpm_default_locality;
 
     void vtpm_register(void);
     uint32_t vtpm_process(const char *command, uint32_t size, uint32_t locality,
                           struct vtpm_response *response);
+    void vtpm_set_default_locality(uint32_t locality);
     void vtpm_serve(int link, int wake, struct vtpm_response *response, struct vtpm_turn *turn);
     uint32_t vtpm_reset_established(uint32_t locality);
     bool vtpm_has_set_profile(void);

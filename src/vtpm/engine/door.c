@@ -28,10 +28,12 @@ static uint32_t vtpm_delete(const char *name, bool must_exist);
 static uint32_t vtpm_locality;
 
 /* Of plain commands; set by another thread while vtpm_serve runs, before it answers the client that asked. */
-static volatile uint32_t vtpm_default_locality;
+static _Atomic uint32_t vtpm_default_locality;
 
 /* Whether libtpms wrote or deleted state during the command. */
 static bool vtpm_state_changed;
+
+static void vtpm_set_default_locality(uint32_t locality) { vtpm_default_locality = locality; }
 
 static TPM_RESULT vtpm_ready(void) { return TPM_SUCCESS; }
 
@@ -125,10 +127,10 @@ static const unsigned char vtpm_rc_lockout[4] = {0x00, 0x00, 0x09, 0x21};
 
 struct vtpm_turn {
     uint32_t event;
-    uint32_t error;                /* errno of VTPM_INPUT, or the result of libtpms of VTPM_FAILED */
-    uint32_t input_size;
+    uint32_t error;                /* the result of libtpms, of VTPM_FAILED */
+    uint32_t input_size;           /* of VTPM_INPUT; 0 when the stream has ended or broke */
     uint32_t sent;                 /* bytes of the response that have left, of VTPM_RESPONSE */
-    uint32_t commands;             /* how many were run; when 0, the next two say nothing */
+    uint32_t has_last;             /* whether a command was run; if not, the next two say nothing */
     unsigned char last_code[4];    /* of the last command */
     unsigned char last_result[4];  /* return code of its response */
     unsigned char input[VTPM_MAX_COMMAND_BYTES + 64];
@@ -150,26 +152,23 @@ static void vtpm_serve(int link, int wake, struct vtpm_response *response, struc
 
     memset(turn, 0, offsetof(struct vtpm_turn, input));
     for (;;) {
-        if (poll(wanted, 2, -1) < 0) {
-            if (errno == EINTR)
-                continue;
+        size = poll(wanted, 2, -1);
+        if (size > 0 && wanted[0].revents) {
             turn->event = VTPM_WOKEN;
             return;
         }
-        if (wanted[0].revents) {
-            turn->event = VTPM_WOKEN;
-            return;
-        }
-        size = recv(link, turn->input, sizeof(turn->input), MSG_DONTWAIT);
+        /* Whatever else poll says of the link, recv says what it means. */
+        if (size > 0)
+            size = recv(link, turn->input, sizeof(turn->input), MSG_DONTWAIT);
         if (size < 0 && (errno == EAGAIN || errno == EINTR))
             continue;
         if (size < 0 || !vtpm_is_whole_command(turn->input, (uint32_t)size)) {
+            /* A stream that broke is over, like one that ended: what was done on it before counts all the same. */
             turn->event = VTPM_INPUT;
-            turn->error = size < 0 ? (uint32_t)errno : 0;
             turn->input_size = size < 0 ? 0 : (uint32_t)size;
             return;
         }
-        turn->commands++;
+        turn->has_last = 1;
         memcpy(turn->last_code, turn->input + 6, sizeof(turn->last_code));
         vtpm_state_changed = false;
         result = vtpm_process((char *)turn->input, (uint32_t)size, vtpm_default_locality, response);

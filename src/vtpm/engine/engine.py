@@ -12,7 +12,6 @@ has set would tell libtpms "none".
 from __future__ import annotations
 
 import enum
-import os
 import threading
 from collections.abc import Mapping
 from types import TracebackType
@@ -66,7 +65,7 @@ class ServeEnd(enum.Enum):
 class Served(NamedTuple):
     """How `Engine.serve` ended; nothing that was received or is to be sent is lost.
 
-    `data` is what came (INPUT; empty at the end of the stream) or what of the response is still to be sent
+    `data` is what came (INPUT; empty when the stream has ended or broke) or what of the response is still to be sent
     (RESPONSE). `last` is the code of the last command and the return code of its response, four bytes each,
     or None when no command was run.
     """
@@ -240,14 +239,13 @@ class Engine:
 
         Runs without Python's lock and without a step through Python: one poll, one recv, one send a command. A
         command that changes state, or finds the TPM locked, is not answered here: its response is returned, so that
-        the caller sees to it.
+        the caller sees to it. Until it returns, other methods than `cancel` and `set_default_locality` wait for it.
 
         Args:
             link_fd: connected stream socket; between two commands. Never waited for but for its next command.
             wake_fd: ends the serving when it is readable.
         Raises:
             EngineError: the engine is not powered, or libtpms itself failed and cannot be used again.
-            OSError: the connection broke.
         C: TPMLIB_Process.
         """
         turn = self._turn
@@ -263,9 +261,7 @@ class Engine:
                 data = bytes(self._ffi.buffer(turn.input, turn.input_size))
             elif end is ServeEnd.RESPONSE:
                 data = bytes(self._ffi.buffer(self._response.data, self._response.size))[turn.sent :]
-        if turn.error:
-            raise OSError(turn.error, os.strerror(turn.error))
-        last = (bytes(turn.last_code), bytes(turn.last_result)) if turn.commands else None
+        last = (bytes(turn.last_code), bytes(turn.last_result)) if turn.has_last else None
         return Served(end, data, last)
 
     def set_default_locality(self, locality: Locality) -> None:
@@ -276,7 +272,7 @@ class Engine:
         """
         if not 0 <= locality <= MAX_LOCALITY:
             raise UsageError(f"locality {locality} does not exist; 0 to {MAX_LOCALITY} do")
-        self._lib.vtpm_default_locality = locality
+        self._lib.vtpm_set_default_locality(locality)
 
     def cancel(self) -> None:
         """Ask the command that runs to end early; call from another thread. TPM 1.2 takes no notice.

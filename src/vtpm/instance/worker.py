@@ -346,9 +346,6 @@ class Worker:
         except EngineError:
             self._fail("libtpms failed")
             served = Served(ServeEnd.RESPONSE, refuse(self._version, Refusal.FAILED), None)
-        except OSError:
-            self.do_detach()
-            return
         if served.last is not None:
             self._note_last(*served.last)
         if served.end is ServeEnd.WOKEN:

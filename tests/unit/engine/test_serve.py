@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import select
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ from tests.unit.engine import commands as c
 from tests.unit.engine.conftest import State
 from tests.unit.engine.isolated import in_process
 from tests.unit.engine.memory import powered
-from vtpm.engine.engine import Engine, ServeEnd
+from vtpm.engine.engine import Engine, Origin, ServeEnd
 from vtpm.errors import EngineError, UsageError
 from vtpm.tpm.lockout import GET_LOCKOUT, parse_lockout
 from vtpm.tpm.return_codes import Rc20, is_auth_fail_20
@@ -211,3 +214,133 @@ def _needs_power(state: State) -> None:
 
 def test_serving_is_refused_when_the_tpm_is_off_and_yields_when_it_is_woken(new_20: State) -> None:
     in_process(_needs_power, new_20)
+
+
+def _keeps_last(state: State) -> None:
+    engine = _started(state)
+    with _link() as link:
+
+        def client() -> None:
+            link.client.sendall(c.get_random(16))
+            poller = select.poll()
+            poller.register(link.client, select.POLLIN)
+            assert poller.poll(LIMIT_S * 1000)
+            # With the response unread: the other end is told ECONNRESET.
+            link.client.close()
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        served = engine.serve(link.ours.fileno(), link.wake)
+        thread.join(LIMIT_S)
+        assert served == (ServeEnd.INPUT, b"", (bytes.fromhex("0000017b"), bytes(4)))
+        assert link.ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+def test_last_command_is_told_when_the_peer_hangs_up_without_reading_its_response(new_20: State) -> None:
+    in_process(_keeps_last, new_20)
+
+
+def _ends_link(state: State) -> None:
+    engine = _started(state)
+    with _link() as link:
+        for descriptor in (1 << 20, link.wake):
+            # No such descriptor, and no socket; something to read, so that poll returns.
+            os.eventfd_write(link.wake, 1)
+            quiet = os.eventfd(0, os.EFD_NONBLOCK)
+            assert engine.serve(descriptor, quiet) == (ServeEnd.INPUT, b"", None)
+            os.close(quiet)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # Fewer than poll is given, which then fails.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, most))
+        assert engine.serve(link.ours.fileno(), link.wake) == (ServeEnd.INPUT, b"", None)
+
+
+def test_link_is_over_and_nothing_spins_when_it_cannot_be_waited_for(new_20: State) -> None:
+    in_process(_ends_link, new_20)
+
+
+def _is_interrupted(state: State) -> None:
+    engine = _started(state)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    with _link() as link:
+        answers: list[bytes] = []
+        serving = threading.get_ident()
+
+        def client() -> None:
+            for _ in range(100):
+                signal.pthread_kill(serving, signal.SIGUSR1)
+                answers.append(link.ask(c.get_random(8)))
+            link.stop()
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        assert engine.serve(link.ours.fileno(), link.wake).end is ServeEnd.WOKEN
+        thread.join(LIMIT_S)
+        assert [len(answer) for answer in answers] == [20] * 100
+
+
+def test_commands_are_answered_when_signals_come_meanwhile(new_20: State) -> None:
+    in_process(_is_interrupted, new_20)
+
+
+def _hands_back_power_commands(state: State) -> None:
+    engine, _ = powered(TpmVersion.V2_0, state)
+    shutdown = bytes.fromhex("8001 0000000c 00000145 0000")
+    with _link() as link:
+        for command in (c.startup(), c.da_lock_reset(), c.da_parameters(3, 1000, 1000), shutdown, c.startup()):
+            engine.power_off()
+            engine.power_on(state, origin=Origin.SAVED)
+            if command != c.startup():
+                assert c.code_of(engine.process(c.startup())) == 0
+            link.client.sendall(command)
+            served = engine.serve(link.ours.fileno(), link.wake)
+            assert (served.end, c.code_of(served.data)) == (ServeEnd.RESPONSE, 0), command.hex()
+
+
+def test_response_is_handed_back_when_power_or_lockout_may_have_changed(new_20: State) -> None:
+    in_process(_hands_back_power_commands, new_20)
+
+
+def _leaks_no_descriptor(state: State) -> None:
+    engine = _started(state)
+    with _link() as link:
+        before = len(os.listdir("/proc/self/fd"))
+        answers = []
+
+        def client() -> None:
+            for _ in range(20):
+                read, write = os.pipe()
+                socket.send_fds(link.client, [c.get_random(8)], [read, write])
+                os.close(read)
+                os.close(write)
+                answers.append(link.client.recv(8192))
+            link.stop()
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        assert engine.serve(link.ours.fileno(), link.wake).end is ServeEnd.WOKEN
+        thread.join(LIMIT_S)
+        assert [len(answer) for answer in answers] == [20] * 20
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_descriptor_is_kept_when_a_client_sends_some_with_its_commands(new_20: State) -> None:
+    in_process(_leaks_no_descriptor, new_20)
+
+
+def _is_forked(state: State) -> None:
+    engine = _started(state)
+    with _link() as link:
+        child = os.fork()
+        if child == 0:
+            try:
+                engine.serve(link.ours.fileno(), link.wake)
+            except EngineError:
+                os._exit(0)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_serving_is_refused_when_the_process_is_a_fork_of_the_one_that_runs_the_tpm(new_20: State) -> None:
+    in_process(_is_forked, new_20)
