@@ -151,7 +151,8 @@ def test_root_is_answered_when_other_users_hold_all_connections_that_they_can() 
 def test_manager_is_refused_when_the_keeper_runs_with_another_platform_tpm() -> None:
     with Host() as host:
         host.stop_manager()
-        other = ("--state-dir", host.state_dir, "--run-dir", host.run_dir, "--platform-tpm", "device:/dev/absent")
+        other = ["--config", host.config, "--platform-tpm", "device:/dev/absent"]
+        other += ["--state-dir", host.state_dir, "--run-dir", host.run_dir]
         done = subprocess.run([BIN / "vtpm-managerd", *other], capture_output=True, text=True, timeout=60)
         assert done.returncode == 4
         assert "'embedded'" in done.stderr
