@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from vtpm.cli.output import Output, print_fields, print_json, print_line, print_message, print_table
+from vtpm.cli.prediction import EVENT_LOG, Changes, pcr_indexes, predicted
 from vtpm.cli.session import Session, confirm, json_option, pass_session, yes_option
 from vtpm.errors import UsageError
 from vtpm.wire.api import Policy
 
 _MAX_KEY_CHARS = 1024
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def changes_options(command: Command) -> Command:
+    """Add the options that say what will be another: the fields of Changes."""
+    for option in reversed(
+        (
+            click.option("--pcr", "pcrs", multiple=True, metavar="N=HEX", help="What a PCR will hold."),
+            click.option("--extend", "extends", multiple=True, metavar="N=HEX", help="A digest that will be extended."),
+            click.option(
+                "--efi", multiple=True, metavar="OLD=NEW", help="Files: what the firmware starts now, and will start."
+            ),
+            click.option(
+                "--event-log", type=click.Path(path_type=Path), default=EVENT_LOG, help="Of this boot, for --efi."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.group()
@@ -31,15 +53,14 @@ def show_policy(session: Session) -> None:
 
 
 @policy.command()
-@click.option("--pcr", "pcrs", multiple=True, metavar="N=HEX", help="What a PCR will hold; the others stay as now.")
-@click.option("--extend", "extends", multiple=True, metavar="N=HEX", help="A digest that will be extended into a PCR.")
+@changes_options
 @json_option
 @pass_session
-def predict(session: Session, pcrs: tuple[str, ...], extends: tuple[str, ...]) -> None:
+def predict(session: Session, /, **changes: Any) -> None:
     """Print the PCR values that `allow` would allow with the same options; changes nothing."""
     with session.connect() as manager:
         state = manager.policy()
-    values = predicted(state, pcrs, extends)
+    values = predicted(state, Changes(**changes))
     indexes = pcr_indexes(state.selection)
     if session.output is Output.JSON:
         print_json(dict(zip((str(index) for index in indexes), values, strict=True)))
@@ -55,14 +76,13 @@ def predict(session: Session, pcrs: tuple[str, ...], extends: tuple[str, ...]) -
 
 @policy.command()
 @click.argument("label")
-@click.option("--pcr", "pcrs", multiple=True, metavar="N=HEX", help="What a PCR will hold; the others stay as now.")
-@click.option("--extend", "extends", multiple=True, metavar="N=HEX", help="A digest that will be extended into a PCR.")
+@changes_options
 @json_option
 @pass_session
-def allow(session: Session, label: str, pcrs: tuple[str, ...], extends: tuple[str, ...]) -> None:
+def allow(session: Session, /, label: str, **changes: Any) -> None:
     """Allow a further set of PCR values, under the name LABEL; without options, those of now."""
     with session.connect() as manager:
-        values = predicted(manager.policy(), pcrs, extends)
+        values = predicted(manager.policy(), Changes(**changes))
         _print_policy(manager.policy_allow(label, values), session.output)
 
 
@@ -155,43 +175,6 @@ def recover(session: Session, key_file: Path, yes: bool) -> None:
         print_json(status)
     else:
         print_line("recovered: the root key is sealed to the platform TPM as it is now")
-
-
-def pcr_indexes(selection: str) -> list[int]:
-    """Return the PCRs of a selection such as "sha256:0,2,4,7", in its order."""
-    return [int(index) for index in selection.partition(":")[2].split(",")]
-
-
-def predicted(state: Policy, pcrs: tuple[str, ...], extends: tuple[str, ...]) -> list[str]:
-    """Return the values, hex in the selection's order, that follow from those of now and the options.
-
-    Raises:
-        UsageError: an option is not N=HEX, names a PCR that is not in the selection, or has another length.
-    """
-    import hashlib
-
-    bank = state.selection.partition(":")[0]
-    values = dict(zip(pcr_indexes(state.selection), state.current, strict=True))
-    for index, value in (_assignment("--pcr", word, values) for word in pcrs):
-        values[index] = value
-    for index, value in (_assignment("--extend", word, values) for word in extends):
-        values[index] = hashlib.new(bank, bytes.fromhex(values[index]) + bytes.fromhex(value)).hexdigest()
-    return list(values.values())
-
-
-def _assignment(option: str, word: str, values: dict[int, str]) -> tuple[int, str]:
-    number, _, text = word.partition("=")
-    if not number.isdecimal() or int(number) not in values:
-        known = ", ".join(map(str, values))
-        raise UsageError(f"{option} {word}: not one of the PCRs that the root key is sealed under ({known})")
-    wanted = len(next(iter(values.values())))
-    try:
-        value = bytes.fromhex(text).hex()
-    except ValueError:
-        value = ""
-    if len(value) != wanted:
-        raise UsageError(f"{option} {word}: the value must have {wanted} hexadecimal digits")
-    return int(number), value
 
 
 def _print_policy(state: Policy, output: Output) -> None:

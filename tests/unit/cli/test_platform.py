@@ -12,7 +12,10 @@ import pytest
 
 from tests.unit.cli.conftest import Cli
 from tests.unit.client.canned_manager import PCR_0, PCR_7, RECOVERY_KEY, STATUS, CannedManager
-from vtpm.wire.api import PcrSet
+from vtpm.tpm import authenticode
+from vtpm.tpm.event_log import parse_event_log
+from vtpm.tpm.hash_algorithms import HashAlgorithm
+from vtpm.wire.api import PcrSet, Policy
 
 VALUE = "ab" * 32
 
@@ -100,3 +103,54 @@ def test_recover_takes_the_key_from_a_file_or_standard_input(
     assert manager.recovered_with == RECOVERY_KEY
     for unreadable in (tmp_path, tmp_path / "absent"):
         assert cli("recover", "--key-file", str(unreadable), "--yes").status == 2
+
+
+LOGS = Path(__file__).parents[2] / "vectors" / "eventlog"
+
+
+def _log_of(boot: str) -> tuple[Path, str, list[str]]:
+    """A recorded boot's log, what PCR 4 held after it, and the digests that made it."""
+    path = LOGS / f"{boot}.bin"
+    log = parse_event_log(path.read_bytes())
+    digests = [event.digests[HashAlgorithm.SHA256].hex() for event in log.events if event.pcr == 4 and event.extends]
+    return path, log.replay(HashAlgorithm.SHA256)[4].hex(), digests
+
+
+def test_next_kernel_is_predicted_from_its_file_when_the_log_accounts_for_the_pcr(
+    cli: Cli, manager: CannedManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, held, digests = _log_of("ovmf_unified_kernel")
+    manager.policy = Policy("sha256:4,7", [PcrSet("set-up", [held, PCR_7], True)], [held, PCR_7])
+    files = {tmp_path / "old.efi": digests[-1], tmp_path / "new.efi": VALUE}
+    for file, digest in files.items():
+        file.write_text(digest)
+    # The digests of files are tested where they are made; here it is which event they stand for.
+    monkeypatch.setattr(authenticode, "authenticode_digest", lambda image, _: bytes.fromhex(bytes(image).decode()))
+    words = ("--efi", f"{tmp_path / 'old.efi'}={tmp_path / 'new.efi'}", "--event-log", str(path))
+    expected = bytes(32)
+    for digest in [*digests[:-1], VALUE]:
+        expected = hashlib.sha256(expected + bytes.fromhex(digest)).digest()
+    assert json.loads(cli("policy", "predict", *words, "--json").out) == {"4": expected.hex(), "7": PCR_7}
+    # A log that does not lead to what the PCR holds says nothing about the next boot.
+    manager.policy = Policy("sha256:4,7", [PcrSet("set-up", [VALUE, PCR_7], True)], [VALUE, PCR_7])
+    refused = cli("policy", "allow", "next", *words)
+    assert refused.status == 7
+    assert len(manager.policy.sets) == 1
+
+
+def test_prediction_is_refused_clearly_when_a_file_is_not_what_it_should_be(
+    cli: Cli, manager: CannedManager, tmp_path: Path
+) -> None:
+    path, held, _ = _log_of("ovmf_kernel")
+    no_image = tmp_path / "text"
+    no_image.write_text("no EFI application")
+    assert "PCR 4" in cli("policy", "predict", "--efi", f"{no_image}={no_image}").err
+    manager.policy = Policy("sha256:4", [PcrSet("set-up", [held], True)], [held])
+    for words, name in (
+        ((f"{no_image}={no_image}", path), str(no_image)),
+        ((f"{tmp_path / 'absent'}={no_image}", path), "absent"),
+        ((str(no_image), path), "OLD=NEW"),
+    ):
+        refused = cli("policy", "predict", "--efi", words[0], "--event-log", str(words[1]))
+        assert refused.status == 2
+        assert name in refused.err
