@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -36,6 +37,7 @@ class Host:
         keep: whether the folder stays when this ends.
         settings: further lines of the configuration file, in TOML.
         uid_base: a setting; None leaves it out.
+        command_prefix: words before the manager's own.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Host:
         keep: bool = False,
         settings: str = "",
         uid_base: int | None = 0,
+        command_prefix: Sequence[str] = (),
     ) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="vtpm-host-"))
         # Services of other users must be able to pass.
@@ -59,6 +62,7 @@ class Host:
             base = "" if uid_base is None else f"uid_base = {uid_base or own_uid_base()}\n"
             self.config.write_text(base + settings)
         self.platform_tpm = platform_tpm
+        self._command_prefix = command_prefix
         self._keep = keep
         self._manager: subprocess.Popen[bytes] | None = None
         self._log = bytearray()
@@ -80,6 +84,7 @@ class Host:
         """Start the manager, which starts what is missing; return when it serves."""
         self._manager = subprocess.Popen(
             [
+                *self._command_prefix,
                 BIN / "vtpm-managerd",
                 *("--config", self.config, "--platform-tpm", self.platform_tpm),
                 *("--state-dir", self.state_dir, "--run-dir", self.run_dir),

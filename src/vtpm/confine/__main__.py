@@ -31,7 +31,8 @@ def main(spec_fd: int, report_fd: int, launcher_namespaces: str) -> int:
     try:
         context = Context(_read_spec(spec_fd), _namespaces_of(launcher_namespaces), own_fds=(report_fd,))
         report = lock_in(context)
-    except ConfinementError as error:
+    except VtpmError as error:
+        # A step's own, or one of the target, which is loaded and made ready on the way.
         _tell(report_fd, encode_failure(error))
         sys.stderr.write(f"vtpmd: {error}\n")
         return error.exit_status

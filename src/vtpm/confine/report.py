@@ -12,7 +12,7 @@ import enum
 import json
 from dataclasses import dataclass
 
-from vtpm.errors import ConfinementError
+from vtpm.errors import ConfinementError, VtpmError
 
 MAX_REPORT_BYTES = 16 * 1024
 """Fits a pipe, so that sending it never waits for the reader."""
@@ -43,8 +43,8 @@ def encode_report(report: Report) -> bytes:
     return _encode({"protections": [[p.step, p.status.value, p.why] for p in report]})
 
 
-def encode_failure(error: ConfinementError) -> bytes:
-    """Return the message that says which step failed, cut to what fits."""
+def encode_failure(error: VtpmError) -> bytes:
+    """Return the message that says what failed, cut to what fits."""
     return _encode({"failure": error.message[:2000], "next_step": error.next_step[:500]})
 
 
