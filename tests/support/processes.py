@@ -90,6 +90,24 @@ class EmbeddedTpmProcess:
         self.stop()
 
 
+def killed_at(number: int, *calls: str) -> str:
+    """Return a prelude that kills the process before the nth of these calls, such as "os.fsync", counted together."""
+    wrapped = "\n".join(f"{call} = deadly({call})" for call in calls)
+    return f"""
+import os, pathlib, signal
+calls = 0
+def deadly(real):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {number}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+{wrapped}
+"""
+
+
 class KeeperProcess:
     """One vtpm-keeper.
 

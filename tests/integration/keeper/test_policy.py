@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.keeper.conftest import Connect
-from tests.support.processes import KeeperProcess
+from tests.support.processes import KeeperProcess, killed_at
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.errors import ConflictError, NotFoundError, PlatformTpmError, UsageError
 from vtpm.wire.keeper import AnchorState
@@ -81,19 +81,7 @@ def test_key_opens_when_killed_while_the_policy_changes(
     directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect, keeper: KeeperProcess, number: int
 ) -> None:
     keeper.start().terminate()
-    prelude = f"""
-import os, pathlib, signal
-calls = 0
-def deadly(real):
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == {number}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-os.fsync, pathlib.Path.rename = deadly(os.fsync), deadly(pathlib.Path.rename)
-"""
+    prelude = killed_at(number, "os.fsync", "pathlib.Path.rename")
     doomed = keepers(KeeperProcess(directory, swtpm.tcti, prelude=prelude)).start()
     with pytest.raises(Exception, match="vtpm-keeper"):
         connect(doomed).policy_allow("next", (_measured("next"), ZERO, ZERO, ZERO))

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from tests.integration.keeper.conftest import Connect
-from tests.support.processes import KeeperProcess
+from tests.support.processes import KeeperProcess, killed_at
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.errors import ConflictError, PlatformTpmError, StateError, UsageError
 from vtpm.keeper.root_key import ROOT_FILE
@@ -152,19 +152,7 @@ def test_recovery_can_be_done_again_when_killed_at_a_step(
         swtpm.extend(7)
         tcti = other.tcti if lost else swtpm.tcti
         # Every durable call of recovery, each once; the steps after the last one need no kill.
-        prelude = f"""
-import os, pathlib, signal
-calls = 0
-def deadly(real):
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == {number}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-os.fsync, os.link, pathlib.Path.rename = deadly(os.fsync), deadly(os.link), deadly(pathlib.Path.rename)
-"""
+        prelude = killed_at(number, "os.fsync", "os.link", "pathlib.Path.rename")
         doomed = keepers(KeeperProcess(directory, tcti, prelude=prelude)).start()
         try:
             connect(doomed).recover(known.recovery_key)
@@ -185,19 +173,7 @@ os.fsync, os.link, pathlib.Path.rename = deadly(os.fsync), deadly(os.link), dead
 def test_one_of_two_recovery_keys_opens_when_killed_while_the_second_is_made(
     directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect, known: Known, number: int
 ) -> None:
-    prelude = f"""
-import os, pathlib, signal
-calls = 0
-def deadly(real):
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == {number}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-os.fsync, pathlib.Path.rename = deadly(os.fsync), deadly(pathlib.Path.rename)
-"""
+    prelude = killed_at(number, "os.fsync", "pathlib.Path.rename")
     doomed = keepers(KeeperProcess(directory, swtpm.tcti, prelude=prelude)).start()
     with pytest.raises(Exception, match="vtpm-keeper"):
         connect(doomed).new_recovery_key()
