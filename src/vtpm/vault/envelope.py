@@ -168,6 +168,12 @@ def open_(key: Secret, expected: Expected, blob: bytes) -> bytes:
         raise StateError(f"{name} is damaged, or sealed under another key") from None
 
 
+def least_engine_version(blob: bytes) -> int:
+    """Return the engine version that an envelope needs; to be believed of one that `open_` has opened, and no other."""
+    version: int = _HEADER.unpack_from(blob)[-3]
+    return version
+
+
 def save_digest(
     key: Secret, vtpm_id: VtpmId, instance_id: InstanceId, seq: int, kind: StateKind, plaintext: bytes
 ) -> bytes:

@@ -20,7 +20,9 @@ from vtpm.vault.records import (
     MAX_ID,
     MAX_WORD_CHARS,
     MAX_WRAPPED_KEY_BYTES,
+    PERMIT_BYTES,
     Event,
+    Permit,
     PermitState,
     SavedState,
     SaveMark,
@@ -33,8 +35,8 @@ _MOVING = frozenset({"frozen", "moved"})
 """The manager's words for states of a migration; their loss would give the right to run back."""
 
 
-def check_new_record(record: VtpmRecord) -> None:
-    """Raise UsageError unless this is a record that a new vTPM may begin with."""
+def check_new_record(record: VtpmRecord, states: Sequence[SavedState] = ()) -> None:
+    """Raise UsageError unless this is a record that a new vTPM may begin with, and these its first states."""
     valid_name(record.name)
     check_word(record.lifecycle)
     if record.wrapped_key is not None:
@@ -45,9 +47,31 @@ def check_new_record(record: VtpmRecord) -> None:
         raise UsageError(f"vTPM {record.name}: epoch {record.epoch} is out of bounds")
     if record.created_at.tzinfo is None:
         raise UsageError(f"vTPM {record.name}: its time of creation has no time zone")
-    begins = (record.permit.state, record.state_version, record.instance_id)
-    if begins != (PermitState.OPEN, 0, None):
-        raise UsageError(f"vTPM {record.name}: a new one has an open permit, no saved state and no instance")
+    if record.instance_id is not None or record.engine_version:
+        raise UsageError(f"vTPM {record.name}: a new one has no instance")
+    if states:
+        _check_first_states(record, states)
+    elif (record.permit, record.state_version) != (Permit(), 0):
+        raise UsageError(f"vTPM {record.name}: a new one without saved state has an open permit and version 0")
+
+
+def _check_first_states(record: VtpmRecord, states: Sequence[SavedState]) -> None:
+    permit_id = record.permit.permit_id
+    if record.permit.state is not PermitState.CONSUMED or permit_id is None or len(permit_id) != PERMIT_BYTES:
+        raise UsageError(f"vTPM {record.name}: one that begins with saved state has a permit that was used")
+    if not 1 <= record.state_version <= MAX_COUNTER:
+        raise UsageError(f"vTPM {record.name}: state version {record.state_version} is out of bounds")
+    kinds = [state.kind for state in states]
+    if len(set(kinds)) != len(kinds) or StateKind.PERMANENT not in kinds or StateKind.VOLATILE in kinds:
+        raise UsageError(f"vTPM {record.name}: it begins with permanent state, each kind once, and none that passes")
+    for state in states:
+        belongs = (state.vtpm_id, state.epoch) == (record.id, record.epoch)
+        if not belongs or not 1 <= state.version <= record.state_version:
+            raise UsageError(
+                f"vTPM {record.name}: its first {state.kind.name.lower()} state is of another vTPM or time"
+            )
+        if not 1 <= len(state.envelope) <= MAX_ENVELOPE_BYTES:
+            raise UsageError(f"vTPM {record.name}: an envelope of {len(state.envelope)} bytes is none")
 
 
 def check_word(word: str) -> None:

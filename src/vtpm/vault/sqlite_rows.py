@@ -27,7 +27,8 @@ SELECT_RECORDS = (
 )
 INSERT_RECORD = (
     "INSERT INTO vtpm (id, name, owner_uid, owner_gid, vm_uuid, tpm_version, domain, created_at_us, epoch,"
-    " lifecycle, wrapped_key, slot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " lifecycle, permit_state, permit_id, wrapped_key, state_version, slot)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 SELECT_STATES = "SELECT vtpm_id, kind, version, epoch, envelope, digest FROM state"
 SELECT_STATE_ENTRIES = "SELECT vtpm_id, kind, epoch, version, digest FROM state"
@@ -62,7 +63,10 @@ def values_of(record: VtpmRecord, slot: int) -> Row:
         microseconds(record.created_at),
         record.epoch,
         record.lifecycle,
+        str(record.permit.state),
+        record.permit.permit_id,
         record.wrapped_key,
+        record.state_version,
         slot,
     )
 

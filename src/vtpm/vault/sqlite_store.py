@@ -111,14 +111,21 @@ class SqliteStore:
     def close(self) -> None:
         self._file.close()
 
-    def create_vtpm(self, record: VtpmRecord, *, event: Event | None = None) -> None:
-        check_new_record(record)
+    def create_vtpm(self, record: VtpmRecord, states: Sequence[SavedState] = (), *, event: Event | None = None) -> None:
+        check_new_record(record, states)
         with self._file.changing(event, prompt=True) as change:
             db = change.db
-            taken = db.execute("SELECT 1 FROM vtpm WHERE name = ? OR id = ?", (record.name, record.id.bytes)).fetchone()
-            if taken:
+            same = db.execute("SELECT name FROM vtpm WHERE id = ?", (record.id.bytes,)).fetchone()
+            if same:
+                raise ConflictError(
+                    f"vTPM {same[0]} has the uuid {record.id} already",
+                    next_step="It is here: keep it, or delete it first.",
+                )
+            if db.execute("SELECT 1 FROM vtpm WHERE name = ?", (record.name,)).fetchone():
                 raise ConflictError(f"a vTPM {record.name} exists already", next_step="Choose another name.")
             db.execute(INSERT_RECORD, values_of(record, change.new_slot(record.id)))
+            for state in states:
+                self._put_state(db, state)
 
     def get_vtpm(self, vtpm_id: VtpmId) -> VtpmRecord:
         with self._file.reading() as db:
@@ -293,17 +300,7 @@ class SqliteStore:
         if save.kind is StateKind.PERMANENT:
             self._delete_kind(db, save.vtpm_id, StateKind.VOLATILE)
         if save.envelope:
-            db.execute(
-                REPLACE_STATE,
-                (
-                    save.vtpm_id.bytes,
-                    save.kind,
-                    save.version,
-                    save.epoch,
-                    envelope_digest(save.envelope),
-                    save.envelope,
-                ),
-            )
+            self._put_state(db, SavedState(save.vtpm_id, save.kind, save.version, save.epoch, save.envelope))
         else:
             self._delete_kind(db, save.vtpm_id, save.kind)
         db.execute(
@@ -332,6 +329,19 @@ class SqliteStore:
                 raise edited(self._name, f"{state.kind.name.lower()} state of vTPM {vtpm_id} is not what was saved")
             states.append(state)
         return states
+
+    def _put_state(self, db: sqlite3.Connection, state: SavedState) -> None:
+        db.execute(
+            REPLACE_STATE,
+            (
+                state.vtpm_id.bytes,
+                state.kind,
+                state.version,
+                state.epoch,
+                envelope_digest(state.envelope),
+                state.envelope,
+            ),
+        )
 
     def _delete_kind(self, db: sqlite3.Connection, vtpm_id: VtpmId, kind: StateKind) -> None:
         db.execute("DELETE FROM state WHERE vtpm_id = ? AND kind = ?", (vtpm_id.bytes, kind))

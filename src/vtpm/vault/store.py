@@ -70,9 +70,11 @@ class Store(Protocol):
         """Let go of the store. Nothing else may be called afterwards; a second close does nothing."""
         ...
 
-    def create_vtpm(self, record: VtpmRecord, *, event: Event | None = None) -> None:
-        """Add a vTPM with an OPEN permit, state version 0 and no instance.
+    def create_vtpm(self, record: VtpmRecord, states: Sequence[SavedState] = (), *, event: Event | None = None) -> None:
+        """Add a vTPM without an instance: with an OPEN permit and state version 0, or with its first state.
 
+        Args:
+            states: what it begins with, PERMANENT among them and no VOLATILE; its permit is CONSUMED then.
         Raises:
             UsageError: the name is not a valid one, or another field is out of its bounds.
             ConflictError: the name or the id is taken.

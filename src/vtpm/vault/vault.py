@@ -12,13 +12,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from vtpm.errors import ConflictError, StateError, StoreError
+from vtpm.errors import ConflictError, StoreError
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
 from vtpm.vault.anchor import AnchorStats
 from vtpm.vault.committer import SAVE_PATIENCE_S, Committer
-from vtpm.vault.envelope import Expected, StateMeta, open_, save_digest, seal
-from vtpm.vault.records import PermitState, SaveAck, SavedState, SaveRequest, VtpmRecord
+from vtpm.vault.contents import open_saved
+from vtpm.vault.envelope import StateMeta, save_digest, seal
+from vtpm.vault.records import SaveAck, SavedState, SaveRequest, VtpmRecord
 from vtpm.vault.rules import check_bound, check_engine_version
 from vtpm.vault.store import Store
 
@@ -120,7 +121,7 @@ class Vault:
                 session.engine_version = engine_version
             return PermitGranted(permit_id)
         with session.lock:
-            contents = {state.kind: _opened(session, record, state, engine_version) for state in saved}
+            contents = {state.kind: open_saved(session.key, record, state, engine_version) for state in saved}
         taken, record = self._answer(
             lambda store: (store.load_state(vtpm_id, instance_id, engine_version), store.get_vtpm(vtpm_id))
         )
@@ -183,19 +184,6 @@ class Vault:
             return self._committer.run(operation).result(ANSWER_TIMEOUT_S)
         except TimeoutError as error:
             raise StoreError(f"the store did not answer within {ANSWER_TIMEOUT_S:g} s") from error
-
-
-def _opened(session: _Session, record: VtpmRecord, state: SavedState, engine_version: int) -> bytes:
-    """Open one blob against its row, and its row against the record."""
-    if record.permit.state is not PermitState.CONSUMED:
-        raise StateError(f"vTPM {record.name} has saved state although its permit was never used")
-    if state.version > record.state_version or state.epoch > record.epoch:
-        raise StateError(
-            f"{state.kind.name.lower()} state of vTPM {record.name} is of epoch {state.epoch}, version"
-            f" {state.version}, later than the vTPM's own {record.epoch}, {record.state_version}"
-        )
-    expected = Expected(record.id, state.kind, record.tpm_version, state.epoch, state.version, engine_version)
-    return open_(session.key, expected, state.envelope)
 
 
 def _check_same(record: VtpmRecord, verified: Sequence[SavedState], taken: Sequence[SavedState]) -> None:

@@ -20,7 +20,7 @@ from vtpm.errors import (
 )
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.envelope import MAX_ENVELOPE_BYTES
-from vtpm.vault.records import Event, PermitState, SaveAck, SaveEffect
+from vtpm.vault.records import Event, Permit, PermitState, SaveAck, SavedState, SaveEffect, VtpmRecord
 from vtpm.vault.store import Store
 
 STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: open_store(folder / "vault")}
@@ -80,6 +80,81 @@ def test_creation_is_refused_when_name_or_id_is_taken(store: Store) -> None:
     with pytest.raises(ConflictError):
         store.create_vtpm(new_record("web2", record.id))
     assert store.list_vtpms() == [record]
+
+
+def begun(name: str = "web1", **changes: object) -> tuple[VtpmRecord, list[SavedState]]:
+    """A vTPM that begins with state, in epoch 3."""
+    used = Permit(PermitState.CONSUMED, bytes(16))
+    record = dataclasses.replace(new_record(name), permit=used, state_version=9, epoch=3, **changes)
+    return record, [
+        SavedState(record.id, StateKind.PERMANENT, 8, 3, b"permanent"),
+        SavedState(record.id, StateKind.SAVESTATE, 9, 3, b"savestate"),
+    ]
+
+
+def test_record_and_state_are_found_unchanged_when_a_vtpm_began_with_state(reopened: Callable[[], Store]) -> None:
+    store, (record, states) = reopened(), begun()
+    store.create_vtpm(record, states, event=Event(CREATED, 0, "imported", "web1", record.id))
+    store = reopened()
+    assert store.get_vtpm(record.id) == record
+    assert store.read_state(record.id) == states
+    assert [event.kind for event in store.list_events()] == ["imported"]
+
+
+def test_vtpm_that_began_with_state_is_never_made_blank(store: Store) -> None:
+    record, states = begun()
+    store.create_vtpm(record, states)
+    instance = InstanceId(uuid4())
+    store.bind_instance(record.id, instance)
+    with pytest.raises(StateError):
+        store.issue_permit(record.id, instance, ENGINE)
+    assert store.load_state(record.id, instance, ENGINE) == states
+    bound = Bound(record, instance, None)
+    # The epoch before, and a version that was given out, count no more.
+    refused(store, bound, StateError, epoch=2, version=10)
+    refused(store, bound, StateError, epoch=3, version=9)
+    refused(store, bound, StateError, epoch=3, version=10, permit=record.permit.permit_id)
+    assert isinstance(outcome_of(store, bound.save(epoch=3, version=10)), SaveAck)
+
+
+def test_nothing_is_changed_when_name_or_uuid_of_a_vtpm_with_state_is_taken(store: Store) -> None:
+    record, states = begun()
+    store.create_vtpm(record, states)
+    before = store.value
+    with pytest.raises(ConflictError, match=f"vTPM web1 has the uuid {record.id} already"):
+        store.create_vtpm(dataclasses.replace(record, name="web2"), states)
+    with pytest.raises(ConflictError, match="a vTPM web1 exists already"):
+        store.create_vtpm(*begun())
+    assert store.value == before
+    assert store.list_vtpms() == [record]
+
+
+def _first_states_changed(
+    record: VtpmRecord, states: list[SavedState]
+) -> Iterator[tuple[VtpmRecord, list[SavedState]]]:
+    permanent, savestate = states
+    yield record, [savestate]
+    yield record, [permanent, permanent]
+    yield record, [permanent, dataclasses.replace(savestate, kind=StateKind.VOLATILE)]
+    for change in ({"version": 10}, {"version": 0}, {"epoch": 2}, {"vtpm_id": VtpmId(uuid4())}, {"envelope": b""},
+                   {"envelope": bytes(MAX_ENVELOPE_BYTES + 1)}):  # fmt: skip
+        yield record, [permanent, dataclasses.replace(savestate, **change)]  # type: ignore[arg-type]
+    for permit in (Permit(), Permit(PermitState.ISSUED, bytes(16)), Permit(PermitState.CONSUMED, bytes(15))):
+        yield dataclasses.replace(record, permit=permit), states
+    yield dataclasses.replace(record, instance_id=InstanceId(uuid4())), states
+    yield dataclasses.replace(record, engine_version=ENGINE), states
+    yield dataclasses.replace(record, state_version=0), states
+    yield record, []
+
+
+def test_first_states_are_refused_when_they_do_not_fit_the_record(store: Store) -> None:
+    refusals = 0
+    for record, states in _first_states_changed(*begun()):
+        with pytest.raises(UsageError):
+            store.create_vtpm(record, states)
+        refusals += 1
+    assert refusals == 16
+    assert store.list_vtpms() == []
 
 
 def test_vtpms_are_listed_by_name_when_there_are_many(store: Store) -> None:
