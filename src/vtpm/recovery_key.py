@@ -96,6 +96,11 @@ class RecoveryPublicKey:
         return cls(_read(_Kind.PUBLIC, text))
 
     @property
+    def raw(self) -> bytes:
+        """Its KEY_BYTES bytes, as in RFC 7748."""
+        return self._raw
+
+    @property
     def fingerprint(self) -> str:
         """What operators compare: FINGERPRINT_BYTES of a SHA-256, in eight groups of four characters."""
         return _grouped(self._digest())

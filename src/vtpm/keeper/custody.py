@@ -26,7 +26,7 @@ from vtpm.platform_tpm.pcrs import PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm, TpmInfo
 from vtpm.platform_tpm.root_policy import PcrSet, PcrSets
 from vtpm.platform_tpm.sealed_blob import SealedBlob
-from vtpm.recovery_key import RecoveryKey
+from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import KEY_BYTES, Secret
 
 RETRY_S = 2.0
@@ -166,6 +166,11 @@ class Custody:
         except StateError as error:
             _log.error("%s", error)
             return ""
+
+    def recovery_public_key(self) -> RecoveryPublicKey | None:
+        """Return the public half of the recovery key, None where it is not kept. Raises as escrow.public_key."""
+        with self._busy:
+            return escrow.public_key(self._state_dir, self.root.secret)
 
     def new_recovery_key(self) -> RecoveryKey:
         """Make a recovery key in the place of an earlier one. Raises StoreError: it is not durable."""

@@ -65,6 +65,7 @@ class KeeperService:
             "policy_allow": self._allow,
             "policy_drop": self._drop,
             "new_recovery_key": lambda _args, _peer: RecoveryText(custody.new_recovery_key().to_text()),
+            "recovery_public_key": self._recovery_public_key,
             "recover": self._recover,
         }
 
@@ -133,6 +134,10 @@ class KeeperService:
         self._custody.drop(args.label)
         _log.warning("process %d had PCR set %r dropped", peer.pid, args.label)
         return self._policy()
+
+    def _recovery_public_key(self, _args: NoArgs, _peer: Peer) -> RecoveryText:
+        key = self._custody.recovery_public_key()
+        return RecoveryText(key.to_text() if key else "")
 
     def _recover(self, args: RecoveryText, _peer: Peer) -> NoArgs:
         self._custody.recover(args.text)

@@ -120,7 +120,7 @@ class PolicyLabel:
 
 @dataclass(frozen=True)
 class RecoveryText:
-    """A recovery key as it is written down; it is given out once and kept nowhere."""
+    """A recovery key as it is written down, or its public half; the former is given out once and kept nowhere."""
 
     text: Annotated[str, MaxLength(MAX_RECOVERY_TEXT_CHARS)] = field(repr=False)
 
@@ -177,6 +177,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "policy_allow": Operation(args=PolicySet, result=PolicyState),
     "policy_drop": Operation(args=PolicyLabel, result=PolicyState),
     "new_recovery_key": Operation(args=NoArgs, result=RecoveryText),
+    "recovery_public_key": Operation(args=NoArgs, result=RecoveryText),
     "recover": Operation(args=RecoveryText, result=NoArgs),
     "end": Operation(args=NoArgs, result=NoArgs),
 }
@@ -282,6 +283,15 @@ class KeeperClient:
         """Make a recovery key, escrow the root key to it in place of an earlier one, and return its text."""
         made: RecoveryText = self._call("new_recovery_key", NoArgs())
         return made.text
+
+    def recovery_public_key(self) -> str:
+        """Return the text of the recovery key's public half; empty when none was made, or none is kept.
+
+        Raises:
+            StateError: what is kept was not written by this keeper.
+        """
+        kept: RecoveryText = self._call("recovery_public_key", NoArgs())
+        return kept.text
 
     def recover(self, recovery_key: str) -> None:
         """Open the root key by the recovery key, and seal it to the platform TPM as it is now.

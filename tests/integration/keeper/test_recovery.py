@@ -12,9 +12,9 @@ import pytest
 from tests.integration.keeper.conftest import Connect
 from tests.support.processes import KeeperProcess, killed_at
 from tests.support.swtpm import SwtpmPlatform
-from vtpm.errors import ConflictError, PlatformTpmError, StateError, UsageError
+from vtpm.errors import ConflictError, PlatformTpmError, StateError, UsageError, VtpmError
 from vtpm.keeper.root_key import ROOT_FILE
-from vtpm.recovery_key import RecoveryKey
+from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.keeper import AnchorState, KeeperClient, NewKey
 
@@ -207,3 +207,51 @@ def test_fence_lets_the_key_open_once_in_each_boot(
         swtpm.reboot()
         known.check(connect(keeper.start()))
         keeper.terminate()
+
+
+def test_public_half_is_kept_when_a_recovery_key_was_made(keeper: KeeperProcess, connect: Connect) -> None:
+    client = connect(keeper.start())
+    assert client.recovery_public_key() == ""
+    for _ in range(2):
+        made = RecoveryKey.from_text(client.new_recovery_key())
+        assert RecoveryPublicKey.from_text(client.recovery_public_key()) == made.public
+    keeper.terminate()
+    assert RecoveryPublicKey.from_text(connect(keeper.start()).recovery_public_key()) == made.public
+
+
+def test_public_half_is_refused_when_another_was_put_there(keeper: KeeperProcess, connect: Connect) -> None:
+    client = connect(keeper.start())
+    client.new_recovery_key()
+    public = keeper.state_dir / "recovery.public"
+    good = public.read_bytes()
+    foreign = RecoveryKey.generate().public.raw
+    for bad in (foreign + good[32:], good[:-1] + bytes([good[-1] ^ 1]), good + b"x", good[:32], b""):
+        public.write_bytes(bad)
+        with pytest.raises(StateError, match="was not written by this host's keeper"):
+            client.recovery_public_key()
+    public.write_bytes(good)
+    assert client.recovery_public_key()
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_public_half_is_that_of_the_escrow_or_none_when_killed_at_a_step(
+    keeper: KeeperProcess, directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect, number: int
+) -> None:
+    """Six durable calls; a public key without an escrow would seal to a key that nobody was shown."""
+    client = connect(keeper.start())
+    client.new_recovery_key()
+    old = client.status().recovery
+    keeper.terminate()
+    doomed = keepers(
+        KeeperProcess(directory, swtpm.tcti, prelude=killed_at(number, "os.fsync", "os.link", "pathlib.Path.rename"))
+    ).start()
+    with pytest.raises(VtpmError, match="vtpm-keeper"):
+        connect(doomed).new_recovery_key()
+    assert doomed.wait() == -signal.SIGKILL
+    client = connect(keepers(KeeperProcess(directory, swtpm.tcti)).start())
+    kept, escrowed_to = client.recovery_public_key(), client.status().recovery
+    if kept:
+        assert RecoveryPublicKey.from_text(kept).fingerprint == escrowed_to
+    assert bool(kept) or escrowed_to != old
+    made = RecoveryKey.from_text(client.new_recovery_key())
+    assert RecoveryPublicKey.from_text(client.recovery_public_key()) == made.public

@@ -52,6 +52,7 @@ def check_locked(client: KeeperClient, why: str) -> None:
         client.policy,
         lambda: client.policy_drop("set-up"),
         client.new_recovery_key,
+        client.recovery_public_key,
     ):
         with pytest.raises((PlatformTpmError, StateError), match=re.escape(why)):
             ask()
