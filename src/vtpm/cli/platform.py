@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from vtpm.cli.files import NewFile
 from vtpm.cli.output import Output, print_fields, print_json, print_line, print_message, print_table
 from vtpm.cli.prediction import EVENT_LOG, Changes, pcr_indexes, predicted
 from vtpm.cli.session import Session, confirm, json_option, pass_session, yes_option
@@ -119,7 +120,7 @@ def recovery_key(session: Session, output: Path | None, yes: bool) -> None:
     It opens the vault when the platform TPM is lost or its PCRs have changed. It is kept nowhere; one that was made
     before opens nothing any more.
     """
-    with session.connect() as manager:
+    with session.connect() as manager, contextlib.ExitStack() as stack:
         platform = manager.status().platform
         if platform is not None and platform.recovery and not yes:
             confirm(
@@ -127,20 +128,21 @@ def recovery_key(session: Session, output: Path | None, yes: bool) -> None:
                 refusal="the recovery key stays as it is",
             )
         # Opened before the key is made: one that cannot be kept would only replace another.
-        fd = None if output is None else _new_private_file(output)
-        text = manager.new_recovery_key()
-    if fd is not None:
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(f"{text}\n")
-            file.flush()
-            os.fsync(fd)
+        file = None if output is None else stack.enter_context(NewFile(output))
+        made = manager.new_recovery_key()
+        if file is not None:
+            file.fill(f"{made.recovery_key}\n".encode("ascii"))
+    if output is not None:
         print_message(f"written to {output}: move it to a place that is not this machine")
     elif session.output is Output.JSON:
-        print_json({"recovery_key": text})
+        print_json(made)
+        return
     else:
-        for line in text.splitlines():
-            print_line(line)
+        for row in made.recovery_key.splitlines():
+            print_line(row)
         print_message("write it down and keep it off this machine; it is shown this once")
+    print_message(f"its fingerprint, as vtpm status shows it: {made.fingerprint}")
+    print_message(f"its public half, which seals backups and may be known: {made.public_key}")
 
 
 @click.command()
@@ -197,13 +199,6 @@ def _print_policy(state: Policy, output: Output) -> None:
             for found in state.sets
         ],
     )
-
-
-def _new_private_file(path: Path) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UsageError(f"the file {path} cannot be made: {error.strerror}", next_step="Name a new file") from error
 
 
 def _read_key(path: Path) -> str:

@@ -31,6 +31,11 @@ from vtpm.wire.api import (
     AuditEvent,
     CreateVtpm,
     DomainName,
+    ExportedVtpm,
+    ExportVtpm,
+    ImportBackup,
+    ImportSwtpm,
+    NewRecoveryKey,
     Policy,
     RecoveryKeyText,
     ShutDown,
@@ -51,7 +56,9 @@ EVENTS_PER_PAGE = 100
 Vtpms: TypeAlias = list[Vtpm]
 AuditEvents: TypeAlias = list[AuditEvent]
 # Aliases, for in the class below `list` is a method.
-Body: TypeAlias = CreateVtpm | StartVtpm | StopVtpm | AllowPcrs | RecoveryKeyText
+Body: TypeAlias = (
+    CreateVtpm | StartVtpm | StopVtpm | AllowPcrs | RecoveryKeyText | ExportVtpm | ImportBackup | ImportSwtpm
+)
 
 _START_IT = "Start it: vtpm-managerd, or systemctl start vtpm-managerd"
 _ERRORS: Mapping[str, type[VtpmError]] = {
@@ -166,6 +173,33 @@ class ManagerClient:
         """
         self._request("DELETE", _path_of(name))
 
+    def export(self, name: str, to: ExportVtpm) -> ExportedVtpm:
+        """Return a stopped vTPM as a backup.
+
+        Raises:
+            ConflictError: it is not stopped, or was never started.
+            UsageError: this host has no recovery key, and neither a public one nor a passphrase is given.
+        """
+        answer = self._request("POST", f"{_path_of(name)}/export", to)
+        return decode(ExportedVtpm, answer, "the backup")
+
+    def import_backup(self, wanted: ImportBackup) -> Vtpm:
+        """Make a vTPM of a backup; it is stopped.
+
+        Raises:
+            StateError: the backup is damaged, or sealed to another key or passphrase.
+            ConflictError: its name or uuid is taken.
+        """
+        return self._vtpm(self._request("POST", "/v1/import", wanted))
+
+    def import_swtpm(self, wanted: ImportSwtpm) -> Vtpm:
+        """Make a vTPM that begins with the state of an swtpm; it is stopped.
+
+        Raises:
+            ConflictError: the name is taken.
+        """
+        return self._vtpm(self._request("POST", "/v1/import/swtpm", wanted))
+
     def events(self, after: int = 0, limit: int = EVENTS_PER_PAGE, wait_s: int = 0) -> AuditEvents:
         """Return up to `limit` audit events with ids above `after`, oldest first.
 
@@ -212,9 +246,9 @@ class ManagerClient:
         """
         return self._policy(self._request("DELETE", f"/v1/policy/{urllib.parse.quote(label, safe='')}"))
 
-    def new_recovery_key(self) -> str:
-        """Make a recovery key and return its text, which is kept nowhere; an earlier one opens nothing any more."""
-        return decode(RecoveryKeyText, self._request("POST", "/v1/recovery-key"), "the recovery key").recovery_key
+    def new_recovery_key(self) -> NewRecoveryKey:
+        """Make a recovery key, which is kept nowhere; an earlier one opens nothing any more."""
+        return decode(NewRecoveryKey, self._request("POST", "/v1/recovery-key"), "the recovery key")
 
     def recover(self, recovery_key: str) -> Status:
         """Open the vault by the recovery key and seal the root key to the platform TPM as it is now.

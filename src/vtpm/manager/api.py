@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
+from vtpm.manager.backups import BackupService
 from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.wire.api import (
@@ -20,6 +21,11 @@ from vtpm.wire.api import (
     ApiError,
     AuditEvent,
     CreateVtpm,
+    ExportedVtpm,
+    ExportVtpm,
+    ImportBackup,
+    ImportSwtpm,
+    NewRecoveryKey,
     Policy,
     RecoveryKeyText,
     ShutDown,
@@ -30,6 +36,9 @@ from vtpm.wire.api import (
 )
 
 MAX_BODY_BYTES = 16 * 1024
+MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
+"""In base64: the largest backup, or all states of one swtpm."""
+IMPORT_PATHS = ("/v1/import", "/v1/import/swtpm")
 MAX_EVENTS = 1000
 MAX_WAIT_S = 30.0
 
@@ -47,6 +56,7 @@ By = Annotated[Caller, Depends(_caller)]
 def make_app(
     service: ManagerService,
     platform: PlatformService,
+    backups: BackupService,
     caller_of: Callable[[int, int], Caller],
     shut_down: Callable[[], None],
 ) -> FastAPI:
@@ -55,6 +65,7 @@ def make_app(
     Args:
         service: does the work on vTPMs.
         platform: does the work on the root key.
+        backups: does the work on backups.
         caller_of: says who a uid and gid is.
         shut_down: ends the host's services, once the reply to a shutdown is on its way.
     """
@@ -64,10 +75,16 @@ def make_app(
 
     @app.middleware("http")
     async def bounded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        limit = MAX_BODY_BYTES
+        if request.scope["path"] in IMPORT_PATHS:
+            # Before the body is read: nobody else is to fill this process's memory.
+            if not _caller(request).is_admin:
+                return _error("access_denied", "only administrators may import vTPMs", "Ask as root")
+            limit = MAX_IMPORT_BODY_BYTES
         length = request.headers.get("content-length", "0")
         chunked = "transfer-encoding" in request.headers
-        if chunked or not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            return _error("usage", f"a request's body must have a length, at most {MAX_BODY_BYTES} bytes")
+        if chunked or not length.isdecimal() or int(length) > limit:
+            return _error("usage", f"a request's body must have a length, at most {limit} bytes")
         if not request.scope["path"].isprintable():
             # The router would pass over a newline at the end, and take another name for it.
             return _error("usage", f"{request.scope['path']!r} has characters that no name has")
@@ -123,6 +140,18 @@ def make_app(
     async def stop(name: str, who: By, how: Annotated[StopVtpm | None, Body()] = None) -> Vtpm:
         return await service.stop(name, who, force=(how or StopVtpm()).force)
 
+    @app.post("/v1/vtpms/{name:path}/export", dependencies=vault)
+    async def export(name: str, who: By, wanted: Annotated[ExportVtpm | None, Body()] = None) -> ExportedVtpm:
+        return await backups.export(name, wanted or ExportVtpm(), who)
+
+    @app.post("/v1/import", status_code=201, dependencies=vault)
+    async def import_backup(wanted: ImportBackup, who: By) -> Vtpm:
+        return await backups.import_backup(wanted, who)
+
+    @app.post("/v1/import/swtpm", status_code=201, dependencies=vault)
+    async def import_swtpm(wanted: ImportSwtpm, who: By) -> Vtpm:
+        return await backups.import_swtpm(wanted, who)
+
     @app.get("/v1/events", dependencies=vault)
     async def events(
         who: By,
@@ -145,7 +174,7 @@ def make_app(
         return await platform.drop(label, who)
 
     @app.post("/v1/recovery-key", status_code=201, dependencies=vault)
-    async def recovery_key(who: By) -> RecoveryKeyText:
+    async def recovery_key(who: By) -> NewRecoveryKey:
         return await platform.new_recovery_key(who)
 
     @app.post("/v1/recover")

@@ -23,6 +23,7 @@ class Happening(enum.Enum):
     DIED = "note that its instance died under a guest"
     RESET = "note that its guest was reset"
     ENGINE_FAILED = "note that its TPM failed"
+    EXPORT = "export it"
     DELETE = "delete it"
 
 
@@ -49,6 +50,7 @@ TRANSITIONS: Mapping[tuple[LifeState, Happening], LifeState] = {
     (LifeState.STOPPING, Happening.DIED): LifeState.STOPPING,
     (LifeState.STOPPING, Happening.RESET): LifeState.STOPPING,
     (LifeState.STOPPING, Happening.ENGINE_FAILED): LifeState.STOPPING,
+    (LifeState.STOPPED, Happening.EXPORT): LifeState.STOPPED,
     (LifeState.STOPPED, Happening.DELETE): LifeState.STOPPED,
     (LifeState.MOVED, Happening.DELETE): LifeState.MOVED,
 }

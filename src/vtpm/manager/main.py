@@ -17,6 +17,7 @@ from vtpm.confine.service import become, forbid_dumps, lock_memory
 from vtpm.confine.title import set_title
 from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
+from vtpm.manager.backups import BackupService
 from vtpm.manager.config import Config, load_config
 from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
@@ -85,8 +86,10 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
             shut_down.set()
             ending.set()
 
-        platform = PlatformService(KeeperClient(config.run_dir), service.note, service.door.open)
-        server = http_server.ApiServer(api.make_app(service, platform, caller_of, end_all))
+        keeper = KeeperClient(config.run_dir)
+        platform = PlatformService(keeper, service.note, service.door.open)
+        backups = BackupService(keeper, service)
+        server = http_server.ApiServer(api.make_app(service, platform, backups, caller_of, end_all))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         serving.add_done_callback(lambda _: ending.set())
         ready()

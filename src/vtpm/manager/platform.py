@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 from vtpm.manager.access import Caller
+from vtpm.recovery_key import RecoveryKey
 from vtpm.vault.records import Event
-from vtpm.wire.api import AllowPcrs, PcrSet, Policy, RecoveryKeyText
+from vtpm.wire.api import AllowPcrs, NewRecoveryKey, PcrSet, Policy, RecoveryKeyText
 from vtpm.wire.keeper import KeeperClient, PolicyState
 
 
@@ -54,12 +55,13 @@ class PlatformService:
         await self._note(_event(caller, "policy_dropped", label=label))
         return _policy(state)
 
-    async def new_recovery_key(self, caller: Caller) -> RecoveryKeyText:
+    async def new_recovery_key(self, caller: Caller) -> NewRecoveryKey:
         """Make a recovery key in place of an earlier one."""
         caller.require_admin("make a recovery key")
         text = await asyncio.to_thread(self._keeper.new_recovery_key)
-        await self._note(_event(caller, "recovery_key_made"))
-        return RecoveryKeyText(text)
+        public = RecoveryKey.from_text(text).public
+        await self._note(_event(caller, "recovery_key_made", fingerprint=public.fingerprint))
+        return NewRecoveryKey(text, public.to_text(), public.fingerprint)
 
     async def recover(self, given: RecoveryKeyText, caller: Caller) -> None:
         """Open the vault by the recovery key, on the platform as it is now."""

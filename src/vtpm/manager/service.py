@@ -7,10 +7,11 @@ runs in threads. Nothing here depends on the kind of domain.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -25,7 +26,7 @@ from vtpm.manager.instance_link import InstanceLink
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.storage import Storage, VaultDoor
 from vtpm.tpm.types import Startup, VtpmId
-from vtpm.vault.records import DomainKind, Event, VtpmRecord, valid_name
+from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
 from vtpm.wire.allowance import Allowance
 from vtpm.wire.api import AuditEvent, CreateVtpm, LifeState, Lockout, ShutDown, Status, Vtpm
@@ -171,7 +172,7 @@ class ManagerService:
         info, fds = await self._call("attach", VtpmArgs(record.id))
         link_socket = _one_socket(fds)
         try:
-            key = await self._key(record)
+            key = await self.key(record)
             if record.instance_id != info.instance_id:
                 await self._store(
                     lambda store: store.bind_instance(record.id, info.instance_id, replaces=record.instance_id)
@@ -221,9 +222,21 @@ class ManagerService:
             wrapped_key=new_key.wrapped,
         )
         event = _event(caller.uid, "created", record, tpm_version=record.tpm_version, domain=record.domain)
-        await self._store(lambda store: store.create_vtpm(record, event=event))
+        return await self.add(record, (), event)
+
+    async def add(self, record: VtpmRecord, states: Sequence[SavedState], event: Event) -> Vtpm:
+        """Register a vTPM, with the state that it begins with; durable as a whole, or not there at all."""
+        await self._store(lambda store: store.create_vtpm(record, states, event=event))
         await self._events_came()
         return self._describe(record)
+
+    @contextlib.asynccontextmanager
+    async def held(self, name: str, caller: Caller, happening: Happening) -> AsyncIterator[VtpmRecord]:
+        """Keep a vTPM in the state that it is in, if this may happen to it there; see lifecycle."""
+        record = await self._find(name, caller)
+        async with self._lock(record.id):
+            after(name, self._state(record), happening)
+            yield record
 
     async def list(self, caller: Caller) -> Sequence[Vtpm]:
         """Return the vTPMs that the caller may see, by name."""
@@ -278,9 +291,7 @@ class ManagerService:
 
     async def delete(self, name: str, caller: Caller) -> None:
         """Destroy a stopped vTPM's key, state and record."""
-        record = await self._find(name, caller)
-        async with self._lock(record.id):
-            after(name, self._state(record), Happening.DELETE)
+        async with self.held(name, caller, Happening.DELETE) as record:
             event = _event(caller.uid, "deleted", record)
             await self._store(lambda store: store.delete_vtpm(record.id, event=event))
             self._states.pop(record.id, None)
@@ -375,7 +386,7 @@ class ManagerService:
 
     # -- starting and stopping --------------------------------------------------------------------------------------
     async def _start_locked(self, record: VtpmRecord, startup: Startup) -> Running:
-        key = await self._key(record)
+        key = await self.key(record)
         args = StartArgs(
             record.id, record.name, record.tpm_version, record.domain.value, record.owner_uid, record.owner_gid
         )
@@ -614,7 +625,8 @@ class ManagerService:
     def _lock(self, vtpm_id: VtpmId) -> asyncio.Lock:
         return self._locks.setdefault(vtpm_id, asyncio.Lock())
 
-    async def _key(self, record: VtpmRecord) -> bytes:
+    async def key(self, record: VtpmRecord) -> bytes:
+        """Return a vTPM's own key, from the keeper. Raises as KeeperClient.unwrap_key."""
         if record.wrapped_key is None:
             raise StateError(f"vTPM {record.name} has no key")
         return (await asyncio.to_thread(self._keeper.unwrap_key, record.id, record.wrapped_key)).key

@@ -10,11 +10,14 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     DELETE /v1/vtpms/{name}              (204)
     POST   /v1/vtpms/{name}/start        StartVtpm -> Vtpm
     POST   /v1/vtpms/{name}/stop         StopVtpm -> Vtpm
+    POST   /v1/vtpms/{name}/export       ExportVtpm -> ExportedVtpm
+    POST   /v1/import                    ImportBackup -> Vtpm (201); bodies up to 10 MiB, as the next
+    POST   /v1/import/swtpm              ImportSwtpm -> Vtpm (201)
     GET    /v1/events?after=N&limit=N&wait_s=N   list of AuditEvent; waits up to wait_s (30 at most) for the first one
     GET    /v1/policy                    Policy: the PCR values that the root key opens under
     POST   /v1/policy                    AllowPcrs -> Policy (201)
     DELETE /v1/policy/{label}            Policy
-    POST   /v1/recovery-key              RecoveryKeyText; replaces an earlier recovery key
+    POST   /v1/recovery-key              NewRecoveryKey (201); replaces an earlier recovery key
     POST   /v1/recover                   RecoveryKeyText -> Status
     POST   /v1/shutdown                  ShutDown (services end after the reply)
 """
@@ -238,6 +241,81 @@ class RecoveryKeyText:
     """A recovery key as it is written down."""
 
     recovery_key: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class NewRecoveryKey:
+    """A recovery key as it is written down, the text of its public half, and the fingerprint of both."""
+
+    recovery_key: str = field(repr=False)
+    public_key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ExportVtpm:
+    """Whom a backup is sealed to; to this host's recovery key when nothing is given.
+
+    Args:
+        recovery_key: text of a public recovery key.
+        passphrase: 12 to 1024 characters.
+    """
+
+    recovery_key: str | None = None
+    passphrase: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ExportedVtpm:
+    """A backup.
+
+    Args:
+        exported_at: ISO 8601 in UTC.
+        sealed_to: fingerprint of the recovery key that opens it; empty: a passphrase does.
+        backup: the file's content in base64.
+    """
+
+    name: str
+    uuid: UUID
+    epoch: int
+    exported_at: str
+    sealed_to: str
+    backup: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ImportBackup:
+    """A backup, and the one thing that opens it.
+
+    Args:
+        backup: the file's content in base64.
+        original_is_dead: the operator's word that what was backed up runs nowhere, and never will again.
+        name: in place of that in the backup.
+        recovery_key: its text, the private one.
+    """
+
+    backup: str = field(repr=False)
+    original_is_dead: bool
+    name: str | None = None
+    recovery_key: str | None = field(default=None, repr=False)
+    passphrase: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ImportSwtpm:
+    """State of an swtpm, in the clear, for a new vTPM.
+
+    Args:
+        permanent, savestate: as libtpms wrote it, in base64; the latter of a TPM 1.2, empty where there is none.
+        source: where it was read, for the audit log.
+    """
+
+    name: str
+    tpm_version: TpmVersion
+    permanent: str = field(repr=False)
+    savestate: str = field(default="", repr=False)
+    vm_uuid: UUID | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

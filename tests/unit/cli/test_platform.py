@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.conftest import Cli
-from tests.unit.client.canned_manager import PCR_0, PCR_7, RECOVERY_KEY, STATUS, CannedManager
+from tests.unit.client.canned_manager import FINGERPRINT, PCR_0, PCR_7, PUBLIC_KEY, RECOVERY_KEY, STATUS, CannedManager
 from vtpm.tpm import authenticode
 from vtpm.tpm.event_log import parse_event_log
 from vtpm.tpm.hash_algorithms import HashAlgorithm
@@ -64,18 +64,26 @@ def test_the_last_set_that_matches_stays_when_nobody_can_be_asked(cli: Cli, mana
 
 def test_recovery_key_is_shown_once_or_written_to_a_new_file(cli: Cli, manager: CannedManager, tmp_path: Path) -> None:
     shown = cli("recovery-key", "--json")
-    assert json.loads(shown.out) == {"recovery_key": RECOVERY_KEY}
-    assert cli("recovery-key").out == f"{RECOVERY_KEY}\n"
+    made = {"recovery_key": RECOVERY_KEY, "public_key": PUBLIC_KEY, "fingerprint": FINGERPRINT}
+    assert json.loads(shown.out) == made
+    shown = cli("recovery-key")
+    # As it is to be written down, row by row.
+    assert shown.out == f"{RECOVERY_KEY}\n"
+    assert FINGERPRINT in shown.err and PUBLIC_KEY in shown.err
     path = tmp_path / "key"
     written = cli("recovery-key", "--output", str(path))
     assert written.status == 0
     assert "AAAA" not in written.out + written.err
+    assert PUBLIC_KEY in written.err
     assert path.read_text() == f"{RECOVERY_KEY}\n"
     assert path.stat().st_mode & 0o777 == 0o600
     asked = len(manager.asked)
     refused = cli("recovery-key", "--output", str(path))
     assert refused.status == 2
     assert "POST /v1/recovery-key" not in manager.methods()[asked:]
+    manager.fail_with("platform_tpm")
+    assert cli("recovery-key", "--output", str(tmp_path / "other"), "--yes").status == 7
+    assert [path.name for path in tmp_path.iterdir() if "other" in path.name] == []
 
 
 def test_recovery_key_stays_when_there_is_one_and_nobody_can_be_asked(cli: Cli, manager: CannedManager) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import http.server
 import json
@@ -23,14 +24,15 @@ from vtpm.wire.api import (
     AuditEvent,
     Client,
     DomainName,
+    ExportedVtpm,
     LifeState,
     Lockout,
+    NewRecoveryKey,
     Owner,
     PcrSet,
     PlatformStatus,
     Policy,
     ProtectionStatus,
-    RecoveryKeyText,
     ServiceStatus,
     ShutDown,
     Status,
@@ -80,6 +82,9 @@ STATUS = Status(
 
 PCR_0, PCR_7 = "11" * 32, "22" * 32
 RECOVERY_KEY = "VTPM-RECOVERY-KEY-1\nAAAA-BBBB"
+PUBLIC_KEY = "VTPM-RECOVERY-PUBLIC-1-CCCC-DDDD"
+FINGERPRINT = "7B2J-0000"
+BACKUP = b"a backup"
 
 
 def event(number: int) -> AuditEvent:
@@ -177,10 +182,19 @@ class CannedManager:
                 self.policy.sets[:] = [found for found in self.policy.sets if found.label != label]
                 return 200, self.policy
             case ["POST", "recovery-key"]:
-                return 201, RecoveryKeyText(RECOVERY_KEY)
+                return 201, NewRecoveryKey(RECOVERY_KEY, PUBLIC_KEY, FINGERPRINT)
             case ["POST", "recover"]:
                 self.recovered_with = body["recovery_key"]
                 return 200, self.status
+            case ["POST", "vtpms", name, "export"]:
+                found = self._find(name)
+                sealed_to = "" if body["passphrase"] else FINGERPRINT
+                encoded = base64.b64encode(BACKUP).decode()
+                return 200, ExportedVtpm(name, found.uuid, found.epoch, "2026-07-01T10:00:00Z", sealed_to, encoded)
+            case ["POST", "import"]:
+                return 201, self._put(replace(STOPPED, name=body["name"] or "web2", epoch=2))
+            case ["POST", "import", "swtpm"]:
+                return 201, self._put(replace(STOPPED, name=body["name"]))
             case ["GET", "vtpms", name]:
                 found = self._find(name)
                 if name in self.after_looks:
