@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import click
 
+from vtpm.cli.backups import export, import_vtpm
 from vtpm.cli.host import completion, events, shutdown, status
 from vtpm.cli.output import Output, print_error
 from vtpm.cli.platform import policy, recover, recovery_key
@@ -20,7 +21,7 @@ from vtpm.cli.vtpms import create, delete, list_vtpms, migrate, show, start, sto
 from vtpm.errors import UsageError, VtpmError
 
 _COMMANDS = (
-    *(status, create, start, stop, delete, list_vtpms, show, events, run, migrate),
+    *(status, create, start, stop, delete, list_vtpms, show, events, run, export, import_vtpm, migrate),
     *(policy, recovery_key, recover, shutdown, completion),
 )
 

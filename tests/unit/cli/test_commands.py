@@ -50,6 +50,7 @@ EVERY_COMMAND = [
     ["policy", "drop", "set-up", "--yes"],
     ["recovery-key"],
     ["recover", "--yes", "--key-file", "/dev/null"],
+    ["import", "/dev/null", "--recovery-key-file", "/dev/null", "--original-is-dead", "--yes"],
     ["shutdown"],
 ]
 
@@ -61,8 +62,8 @@ def as_json(value: object) -> Any:
 def test_the_commands_are_those_of_the_design_when_help_is_asked(cli: Cli) -> None:
     ended = cli("--help")
     assert ended.status == 0
-    named = ["status", "create", "start", "stop", "delete", "list", "show", "events", "run", "migrate"]
-    named += ["policy", "recovery-key", "recover", "shutdown"]
+    named = ["status", "create", "start", "stop", "delete", "list", "show", "events", "run", "export", "import"]
+    named += ["migrate", "policy", "recovery-key", "recover", "shutdown"]
     assert list(command_group.commands) == [*named, "completion"]
     assert all(f"\n  {name} " in ended.out for name in named)
 
