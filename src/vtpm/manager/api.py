@@ -159,7 +159,7 @@ def make_app(
         limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100,
         wait_s: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0,
     ) -> list[AuditEvent]:
-        return list(await service.events(after, limit, wait_s, who))
+        return list(await service.audit.list(after, limit, wait_s, who))
 
     @app.get("/v1/policy")
     async def policy(who: By) -> Policy:

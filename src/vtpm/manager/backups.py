@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from uuid import uuid4
 from vtpm.errors import ConflictError, UsageError
 from vtpm.manager.access import Caller
 from vtpm.manager.lifecycle import Happening
+from vtpm.manager.running import event_of
 from vtpm.manager.service import ManagerService
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import Secret
@@ -63,10 +63,10 @@ class BackupService:
             exported_at = datetime.now(UTC)
             blob = await asyncio.to_thread(_sealed, key, record, saved, exported_at, to)
             sealed_to = backup.sealed_to(blob) or ""
-            event = _event(
-                caller, "exported", record, epoch=record.epoch, version=record.state_version, sealed_to=sealed_to
+            event = event_of(
+                caller.uid, "exported", record, epoch=record.epoch, version=record.state_version, sealed_to=sealed_to
             )
-            await self._vtpms.note(event)
+            await self._vtpms.audit.append(event)
         encoded = await asyncio.to_thread(base64.b64encode, blob)
         return ExportedVtpm(
             record.name, record.id, record.epoch, exported_at.isoformat(), sealed_to, encoded.decode("ascii")
@@ -95,8 +95,8 @@ class BackupService:
             epoch=found.epoch + 1,
             state_version=found.state_version,
         )
-        event = _event(
-            caller,
+        event = event_of(
+            caller.uid,
             "imported",
             record,
             source="backup",
@@ -128,7 +128,7 @@ class BackupService:
             domain=DomainKind.PROCESS,
             created_at=datetime.now(UTC),
         )
-        event = _event(caller, "imported", record, source="swtpm", directory=wanted.source, uuid=record.id)
+        event = event_of(caller.uid, "imported", record, source="swtpm", directory=wanted.source, uuid=record.id)
         return await self._add(record, Contents(carried(wanted.tpm_version, states)), event)
 
     async def _add(self, record: VtpmRecord, contents: Contents, event: Event) -> Vtpm:
@@ -191,8 +191,3 @@ def _decoded(what: str, text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise UsageError(f"the {what} is not base64") from None
-
-
-def _event(caller: Caller, kind: str, record: VtpmRecord, **detail: object) -> Event:
-    text = json.dumps({key: str(value) for key, value in detail.items()})
-    return Event(datetime.now(UTC), caller.uid, kind, record.name, record.id, text)

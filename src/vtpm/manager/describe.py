@@ -32,7 +32,7 @@ from vtpm.wire.launcher import LauncherStatus, ProtectionLine
 from vtpm.wire.manager_link import ClientKind, LockoutChanged
 
 if TYPE_CHECKING:
-    from vtpm.manager.service import Running
+    from vtpm.manager.running import Running
 
 
 def vtpm(record: VtpmRecord, state: LifeState, running: Running | None) -> Vtpm:

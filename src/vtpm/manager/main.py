@@ -87,7 +87,7 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
             ending.set()
 
         keeper = KeeperClient(config.run_dir)
-        platform = PlatformService(keeper, service.note, service.door.open)
+        platform = PlatformService(keeper, service.audit.append, service.door.open)
         backups = BackupService(keeper, service)
         server = http_server.ApiServer(api.make_app(service, platform, backups, caller_of, end_all))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

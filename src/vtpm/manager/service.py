@@ -12,7 +12,7 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,18 +22,18 @@ from uuid import uuid4
 import vtpm.manager.describe as describe
 from vtpm.errors import ConflictError, NotFoundError, StateError, UnavailableError, UsageError, VtpmError
 from vtpm.manager.access import Caller, may_create, require_owner, sees
+from vtpm.manager.audit_log import AuditLog
 from vtpm.manager.instance_link import InstanceLink
+from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.lifecycle import Happening, after
+from vtpm.manager.running import Running, event_of
 from vtpm.manager.storage import Storage, VaultDoor
 from vtpm.tpm.types import Startup, VtpmId
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
-from vtpm.wire.allowance import Allowance
-from vtpm.wire.api import AuditEvent, CreateVtpm, LifeState, Lockout, ShutDown, Status, Vtpm
+from vtpm.wire.api import CreateVtpm, LifeState, Lockout, ShutDown, Status, Vtpm
 from vtpm.wire.keeper import KeeperClient, KeeperStatus
 from vtpm.wire.launcher import (
-    LAUNCHER,
-    LAUNCHER_SOCKET,
     Ended,
     InstanceInfo,
     LauncherStatus,
@@ -42,38 +42,20 @@ from vtpm.wire.launcher import (
     StartArgs,
     VtpmArgs,
 )
-from vtpm.wire.manager_link import ClientKind, LinkPower, ShutdownMode
-from vtpm.wire.packet_socket import AsyncPacketClient, close_fds
+from vtpm.wire.manager_link import LinkPower, ShutdownMode
+from vtpm.wire.packet_socket import close_fds
 
 START_TIMEOUT_S = 60.0
 """Of the launcher's part; a TPM 1.2 makes an RSA key when it is manufactured, which is slow under emulation."""
 POWER_ON_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
-CALL_TIMEOUT_S = 10.0
-RECONNECT_S = 0.5
+KEEPER_TIMEOUT_S = 10.0
 POWER_PAUSE_S = 5.0
 LOCKOUT_ANSWER_S = 0.5
 """How long `show` waits for a TPM that may be busy; then it says what was known before."""
 LOCKED_OUT = "locked_out"
 _log = logging.getLogger("vtpm.manager")
 T = TypeVar("T")
-
-
-@dataclass
-class Running:
-    """What the manager holds of a vTPM that has an instance."""
-
-    record: VtpmRecord
-    info: InstanceInfo
-    link: InstanceLink
-    reason: str = ""
-    following: bool = False
-    """Whether `_follow_power` is at work on it."""
-    notes: Allowance = field(default_factory=Allowance)
-    """What the audit log takes of the instance's notes: it may have been taken over and write without end."""
-    locked_since: int = 0
-    """`since` of the lockout that was noted last; unix time in seconds."""
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ManagerService:
@@ -88,10 +70,10 @@ class ManagerService:
         self.run_dir = run_dir
         self.state_dir = state_dir
         self.running: dict[VtpmId, Running] = {}
-        self.launcher: AsyncPacketClient | None = None
-        self.events_changed = asyncio.Condition()
+        self.launcher = LauncherLink(run_dir, self._on_launcher_event, self._on_launcher_gone, self._on_launcher_back)
         self.door = VaultDoor(open_storage, self._reconcile)
-        self._keeper = KeeperClient(run_dir, timeout_s=CALL_TIMEOUT_S)
+        self.audit = AuditLog(self.door)
+        self._keeper = KeeperClient(run_dir, timeout_s=KEEPER_TIMEOUT_S)
         self._locks: dict[VtpmId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._states: dict[VtpmId, LifeState] = {}
@@ -106,7 +88,8 @@ class ManagerService:
         Raises:
             UnavailableError: there is no launcher.
         """
-        await self._connect_launcher()
+        await self.launcher.connect()
+        self._spawn(self.launcher.follow())
         try:
             await self.door.open()
         except VtpmError as error:
@@ -119,38 +102,21 @@ class ManagerService:
             task.cancel()
         for running in list(self.running.values()):
             running.link.close()
-        if self.launcher is not None:
-            self.launcher.close()
+        self.launcher.close()
         await self.door.close()
 
-    async def _connect_launcher(self) -> None:
-        client = AsyncPacketClient(LAUNCHER, self.run_dir / LAUNCHER_SOCKET, self._on_launcher_event)
-        await client.connect(CALL_TIMEOUT_S)
-        self.launcher = client
-        self._spawn(self._follow_launcher(client))
-
-    async def _follow_launcher(self, client: AsyncPacketClient) -> None:
-        await client.closed
-        if self._closing:
-            return
-        _log.error("the launcher is gone, and all instances with it; start vtpm-managerd again, or vtpm-launcher")
-        self.launcher = None
+    async def _on_launcher_gone(self) -> None:
         for running in list(self.running.values()):
             await self._settle_end(running, "the launcher is gone")
-        while not self._closing:
-            try:
-                await self._connect_launcher()
-            except VtpmError:
-                await asyncio.sleep(RECONNECT_S)
-                continue
-            if self.door.is_open:
-                await self._reconcile()
-            return
+
+    async def _on_launcher_back(self) -> None:
+        if self.door.is_open:
+            await self._reconcile()
 
     async def _reconcile(self) -> None:
         """Bring registry and launcher together, by the crash rule of each state."""
         records = {record.id: record for record in await self._store(lambda store: store.list_vtpms())}
-        alive = (await self._call("list", NoArgs()))[0].vtpm_ids
+        alive = (await self.launcher.call("list", NoArgs()))[0].vtpm_ids
         # At the same time, for the saves of each wait until its own instance is taken up.
         await asyncio.gather(*(self._take_up_or_end(vtpm_id, records.get(vtpm_id)) for vtpm_id in alive))
         for record in records.values():
@@ -169,7 +135,7 @@ class ManagerService:
         await self._end_instance(vtpm_id)
 
     async def _take_up(self, record: VtpmRecord) -> None:
-        info, fds = await self._call("attach", VtpmArgs(record.id))
+        info, fds = await self.launcher.call("attach", VtpmArgs(record.id))
         link_socket = _one_socket(fds)
         try:
             key = await self.key(record)
@@ -221,13 +187,13 @@ class ManagerService:
             created_at=datetime.now(UTC),
             wrapped_key=new_key.wrapped,
         )
-        event = _event(caller.uid, "created", record, tpm_version=record.tpm_version, domain=record.domain)
+        event = event_of(caller.uid, "created", record, tpm_version=record.tpm_version, domain=record.domain)
         return await self.add(record, (), event)
 
     async def add(self, record: VtpmRecord, states: Sequence[SavedState], event: Event) -> Vtpm:
         """Register a vTPM, with the state that it begins with; durable as a whole, or not there at all."""
         await self._store(lambda store: store.create_vtpm(record, states, event=event))
-        await self._events_came()
+        await self.audit.came()
         return self._describe(record)
 
     @contextlib.asynccontextmanager
@@ -256,21 +222,21 @@ class ManagerService:
         record = await self._find(name, caller)
         async with self._lock(record.id):
             if self._state(record) is LifeState.FAILED and (running := self.running.get(record.id)) is not None:
-                if _has_emulator(running):
+                if running.has_emulator:
                     raise ConflictError(f"vTPM {name} failed under a guest", next_step="Reset the guest, or stop it")
                 await self._stop_locked(record, running, caller, ShutdownMode.IMMEDIATE)
             await self._move(record, Happening.START)
             try:
                 running = await self._start_locked(record, startup)
             except VtpmError as error:
-                event = _event(caller.uid, "start_failed", record, why=str(error))
+                event = event_of(caller.uid, "start_failed", record, why=str(error))
                 if self._state(record) is LifeState.STARTING:
                     await self._move(record, Happening.START_FAILED, event)
                 else:
                     # The end of its instance was noted already.
-                    await self.note(event)
+                    await self.audit.append(event)
                 raise
-            await self._move(record, Happening.STARTED, _event(caller.uid, "started", record, pid=running.info.pid,
+            await self._move(record, Happening.STARTED, event_of(caller.uid, "started", record, pid=running.info.pid,
                              measurement=running.info.measurement))  # fmt: skip
         return self._describe(await self._find(name, caller))
 
@@ -281,7 +247,7 @@ class ManagerService:
             running = self.running.get(record.id)
             if running is None:
                 raise ConflictError(f"vTPM {name} is {self._state(record)}: there is nothing to stop")
-            if _has_emulator(running) and not force:
+            if running.has_emulator and not force:
                 raise ConflictError(
                     f"vTPM {name} is in use by a virtual machine, which would lose its TPM",
                     next_step="Shut the machine down first, or use --force",
@@ -292,37 +258,11 @@ class ManagerService:
     async def delete(self, name: str, caller: Caller) -> None:
         """Destroy a stopped vTPM's key, state and record."""
         async with self.held(name, caller, Happening.DELETE) as record:
-            event = _event(caller.uid, "deleted", record)
+            event = event_of(caller.uid, "deleted", record)
             await self._store(lambda store: store.delete_vtpm(record.id, event=event))
             self._states.pop(record.id, None)
         self._locks.pop(record.id, None)
-        await self._events_came()
-
-    async def events(self, after_id: int, limit: int, wait_s: float, caller: Caller) -> Sequence[AuditEvent]:
-        """Return audit events after an id; waits for the first one up to wait_s."""
-        deadline = asyncio.get_running_loop().time() + wait_s
-        while True:
-            found = await self._store(partial(_list_events, after_id, limit))
-            mine = {record.id for record in await self._store(lambda store: store.list_vtpms()) if sees(caller, record)}
-            seen = [
-                describe.audit_event(event)
-                for event in found
-                if caller.is_admin or event.vtpm_id in mine or event.actor_uid == caller.uid
-            ]
-            if seen:
-                return seen
-            if found:
-                # None of them is the caller's to see; an empty answer would say that there are no more.
-                after_id = found[-1].event_id
-                continue
-            left = deadline - asyncio.get_running_loop().time()
-            if left <= 0:
-                return []
-            async with self.events_changed:
-                try:
-                    await asyncio.wait_for(self.events_changed.wait(), left)
-                except TimeoutError:
-                    return []
+        await self.audit.came()
 
     async def shut_down(self, caller: Caller) -> ShutDown:
         """Stop every vTPM in order, for `vtpm shutdown`; the caller then ends the services."""
@@ -336,14 +276,16 @@ class ManagerService:
                 _log.error("%s: not stopped in order: %s", name, error)
                 continue
             stopped.append(name)
-        await self.note(Event(datetime.now(UTC), caller.uid, "shutdown", detail=json.dumps({"stopped": stopped})))
+        await self.audit.append(
+            Event(datetime.now(UTC), caller.uid, "shutdown", detail=json.dumps({"stopped": stopped}))
+        )
         return ShutDown(stopped)
 
     async def end_services(self) -> None:
         """End launcher and keeper, after `shut_down`."""
         self._closing = True
         try:
-            await self._call("end", NoArgs())
+            await self.launcher.call("end", NoArgs())
         except VtpmError as error:
             _log.error("the launcher was not ended: %s", error)
         try:
@@ -367,7 +309,7 @@ class ManagerService:
         except VtpmError as error:
             keeper = error
         try:
-            launcher = (await self._call("status", NoArgs()))[0]
+            launcher = (await self.launcher.call("status", NoArgs()))[0]
         except VtpmError as error:
             launcher = error
         protections = next(iter(running.info.protections for running in self.running.values()), ())
@@ -390,7 +332,7 @@ class ManagerService:
         args = StartArgs(
             record.id, record.name, record.tpm_version, record.domain.value, record.owner_uid, record.owner_gid
         )
-        info, fds = await self._call("start", args, START_TIMEOUT_S)
+        info, fds = await self.launcher.call("start", args, START_TIMEOUT_S)
         link_socket = _one_socket(fds)
         try:
             await self._store(
@@ -423,11 +365,11 @@ class ManagerService:
             await self._settle_end(self.running.get(record.id, running), "it did not shut down in order")
             # Whoever settles its end, the vTPM is stopped when this returns.
             await running.ended.wait()
-        await self.note(_event(caller.uid, "stopped", record))
+        await self.audit.append(event_of(caller.uid, "stopped", record))
 
     async def _end_instance(self, vtpm_id: VtpmId) -> None:
         try:
-            await self._call("stop", VtpmArgs(vtpm_id), STOP_TIMEOUT_S)
+            await self.launcher.call("stop", VtpmArgs(vtpm_id), STOP_TIMEOUT_S)
         except NotFoundError:
             return
         except VtpmError as error:
@@ -496,7 +438,7 @@ class ManagerService:
         successor = self._follow(record, info, link_socket)
         successor.ended = ended
         successor.reason = f"its instance died: {args.how}"
-        await self._move(record, Happening.DIED, _event(None, "instance_died", record, how=args.how, pid=info.pid))
+        await self._move(record, Happening.DIED, event_of(None, "instance_died", record, how=args.how, pid=info.pid))
 
     async def _settle_end(self, running: Running, how: str) -> None:
         """An instance is gone and none follows: note it, once."""
@@ -523,7 +465,9 @@ class ManagerService:
         if self._state(record) in (LifeState.STOPPED, LifeState.MOVED, LifeState.FROZEN):
             return
         expected = self._state(record) is LifeState.STOPPING
-        await self._move(record, Happening.ENDED, None if expected else _event(None, "instance_ended", record, how=how))
+        await self._move(
+            record, Happening.ENDED, None if expected else event_of(None, "instance_ended", record, how=how)
+        )
 
     def _on_link_change(self, link: InstanceLink, note: str) -> None:
         running = self.running.get(link.vtpm_id)
@@ -532,7 +476,7 @@ class ManagerService:
         if link.facts.power is LinkPower.FAILED:
             running.reason = note or running.reason or "its TPM failed"
         elif note and running.notes.take():
-            self._spawn(self.note(_event(None, "note", running.record, note=note)))
+            self._spawn(self.audit.append(event_of(None, "note", running.record, note=note)))
         lockout = link.facts.lockout
         if lockout is not None and lockout.since != running.locked_since and running.notes.take():
             running.locked_since = lockout.since
@@ -543,9 +487,9 @@ class ManagerService:
 
     async def _note_lockout(self, record: VtpmRecord, lockout: Lockout) -> None:
         """Note a lockout once, though each manager in turn is told of it."""
-        event = _event(None, LOCKED_OUT, record, **asdict(lockout))
+        event = event_of(None, LOCKED_OUT, record, **asdict(lockout))
         await self._store(partial(_append_lockout, record.id, event))
-        await self._events_came()
+        await self.audit.came()
 
     def _on_misbehaviour(self, link: InstanceLink) -> None:
         running = self.running.get(link.vtpm_id)
@@ -554,7 +498,7 @@ class ManagerService:
 
     async def _end_misbehaving(self, running: Running) -> None:
         record = running.record
-        await self.note(_event(None, "misbehaved", record, complaints=running.link.complaints))
+        await self.audit.append(event_of(None, "misbehaved", record, complaints=running.link.complaints))
         await self._end_instance(record.id)
         await self._settle_end(running, "it sent what no vtpmd sends")
 
@@ -565,10 +509,10 @@ class ManagerService:
             while self.running.get(record.id) is running:
                 power, state = running.link.facts.power, self._state(record)
                 if power is LinkPower.FAILED and state is LifeState.RUNNING:
-                    happening, event = Happening.ENGINE_FAILED, _event(None, "tpm_failed", record, why=running.reason)
+                    happening, event = Happening.ENGINE_FAILED, event_of(None, "tpm_failed", record, why=running.reason)
                 elif power is LinkPower.ON and state is LifeState.FAILED:
                     running.reason = ""
-                    happening, event = Happening.RESET, _event(None, "guest_reset", record)
+                    happening, event = Happening.RESET, event_of(None, "guest_reset", record)
                 else:
                     return
                 if not running.notes.take():
@@ -602,22 +546,13 @@ class ManagerService:
                 del self._states[record.id]
             raise
         if event is not None:
-            await self._events_came()
+            await self.audit.came()
 
     async def _move_quietly(self, record: VtpmRecord, happening: Happening, event: Event) -> None:
         try:
             await self._move(record, happening, event)
         except VtpmError as error:
             _log.warning("%s: %s", record.name, error)
-
-    async def note(self, event: Event) -> None:
-        """Append to the audit log."""
-        await self._store(lambda store: store.append_event(event))
-        await self._events_came()
-
-    async def _events_came(self) -> None:
-        async with self.events_changed:
-            self.events_changed.notify_all()
 
     def _describe(self, record: VtpmRecord) -> Vtpm:
         return describe.vtpm(record, self._state(record), self.running.get(record.id))
@@ -634,13 +569,6 @@ class ManagerService:
     async def _store(self, operation: Callable[[Store], T]) -> T:
         return await self.door.run(operation)
 
-    async def _call(self, op: str, args: object, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Any, tuple[int, ...]]:
-        if self.launcher is None:
-            raise UnavailableError(
-                "the launcher is not running", next_step="Start vtpm-managerd again, or vtpm-launcher"
-            )
-        return await self.launcher.call(op, args, timeout_s=timeout_s)
-
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -652,19 +580,10 @@ class ManagerService:
             _log.error("background work failed: %s", error, exc_info=None if isinstance(error, VtpmError) else error)
 
 
-def _list_events(after_id: int, limit: int, store: Store) -> Sequence[Event]:
-    return store.list_events(after_id, limit)
-
-
 def _append_lockout(vtpm_id: VtpmId, event: Event, store: Store) -> None:
     last = store.last_event(vtpm_id, LOCKED_OUT)
     if last is None or json.loads(last.detail)["since"] != json.loads(event.detail)["since"]:
         store.append_event(event)
-
-
-def _has_emulator(running: Running) -> bool:
-    client = running.link.facts.client
-    return client is not None and client.client is ClientKind.EMULATOR
 
 
 def _one_socket(fds: Sequence[int]) -> socket.socket:
@@ -672,9 +591,3 @@ def _one_socket(fds: Sequence[int]) -> socket.socket:
         close_fds(fds)
         raise UnavailableError(f"the launcher gave {len(fds)} descriptors for an instance, not one")
     return socket.socket(fileno=fds[0])
-
-
-def _event(actor_uid: int | None, kind: str, record: VtpmRecord, **detail: object) -> Event:
-    return Event(
-        datetime.now(UTC), actor_uid, kind, record.name, record.id, json.dumps({k: str(v) for k, v in detail.items()})
-    )

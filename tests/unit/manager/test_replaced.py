@@ -16,7 +16,8 @@ from uuid import uuid4
 import pytest
 
 from tests.unit.vault.world import MAC_KEY, MemoryKeeper
-from vtpm.manager.service import ManagerService, Running
+from vtpm.manager.running import Running
+from vtpm.manager.service import ManagerService
 from vtpm.manager.storage import Storage
 from vtpm.tpm.types import InstanceId, TpmVersion, VtpmId
 from vtpm.vault.anchor import AnchorPolicy
@@ -50,7 +51,7 @@ class _Launcher:
     def __init__(self) -> None:
         self.asked: list[tuple[str, object]] = []
 
-    async def call(self, op: str, args: object, *, timeout_s: float) -> tuple[Any, tuple[int, ...]]:
+    async def call(self, op: str, args: object, timeout_s: float = 10.0) -> tuple[Any, tuple[int, ...]]:
         assert timeout_s > 0
         if op == "list":
             return Instances(()), ()

@@ -1,0 +1,43 @@
+"""What the manager holds of a vTPM that has an instance, and the audit events about one. The manager's alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from vtpm.manager.instance_link import InstanceLink
+from vtpm.vault.records import Event, VtpmRecord
+from vtpm.wire.allowance import Allowance
+from vtpm.wire.launcher import InstanceInfo
+from vtpm.wire.manager_link import ClientKind
+
+
+@dataclass
+class Running:
+    """What the manager holds of a vTPM that has an instance."""
+
+    record: VtpmRecord
+    info: InstanceInfo
+    link: InstanceLink
+    reason: str = ""
+    following: bool = False
+    """Whether `_follow_power` is at work on it."""
+    notes: Allowance = field(default_factory=Allowance)
+    """What the audit log takes of the instance's notes: it may have been taken over and write without end."""
+    locked_since: int = 0
+    """`since` of the lockout that was noted last; unix time in seconds."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def has_emulator(self) -> bool:
+        """Whether a virtual machine uses it."""
+        client = self.link.facts.client
+        return client is not None and client.client is ClientKind.EMULATOR
+
+
+def event_of(actor_uid: int | None, kind: str, record: VtpmRecord, **detail: object) -> Event:
+    """Return an event about a vTPM, with its details as texts; actor_uid is None for what happened by itself."""
+    texts = {key: str(value) for key, value in detail.items()}
+    return Event(datetime.now(UTC), actor_uid, kind, record.name, record.id, json.dumps(texts))
