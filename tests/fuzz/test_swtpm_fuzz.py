@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +15,9 @@ from tests.fuzz import effort
 from tests.fuzz.mutations import spoiled
 from tests.unit.vault import swtpm_files as files
 from vtpm.errors import StateError, UsageError
+from vtpm.tpm.types import StateKind, TpmVersion
 from vtpm.vault.swtpm_blob import KeyFormat, SwtpmKey, open_blob
+from vtpm.vault.swtpm_state import read_state
 
 KEYS = {size: bytes(range(size)) for size in (16, 32)}
 RAW = {size: SwtpmKey.from_key_file(key, KeyFormat.BINARY) for size, key in KEYS.items()}
@@ -91,3 +96,43 @@ def test_key_file_is_taken_or_refused_cleanly_when_it_is_anything(content: bytes
         except UsageError:
             continue
         assert [size for size in KEYS if key.of_size(size)] in ([16], [32])
+
+
+_names = st.sampled_from(
+    [f"{prefix}.{kind}" for prefix in ("tpm-00", "tpm2-00") for kind in ("permall", "volatilestate", "savestate")]
+    + [".lock", "tpm2-00.permall.bak"]
+)
+_entries = st.one_of(
+    st.tuples(st.just("file"), _state.map(files.plain)),
+    st.tuples(st.just("file"), _anything),
+    st.tuples(st.sampled_from(["folder", "link", "pipe"]), st.just(b"")),
+)
+
+
+@effort.codec
+@given(st.dictionaries(_names, _entries, max_size=4), st.sampled_from([None, RAW[16]]))
+def test_directory_is_read_or_refused_when_it_holds_anything(
+    entries: dict[str, tuple[str, bytes]], key: SwtpmKey | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (kind, content) in entries.items():
+            path = Path(folder, name)
+            match kind:
+                case "file":
+                    path.write_bytes(content)
+                case "folder":
+                    path.mkdir()
+                case "link":
+                    path.symlink_to("/etc/passwd")
+                case _:
+                    os.mkfifo(path)
+        try:
+            state = read_state(Path(folder), key)
+        except (StateError, UsageError):
+            return
+        # What was read is there as files, and is of one TPM.
+        prefix = "tpm2-00." if state.tpm_version is TpmVersion.V2_0 else "tpm-00."
+        read = [name for name in entries if name.startswith(prefix) and not name.endswith(".bak")]
+        assert len(state.states) == len(read)
+        assert {entries[name][0] for name in read} == {"file"}
+        assert StateKind.PERMANENT in state.states

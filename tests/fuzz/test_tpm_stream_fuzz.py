@@ -33,6 +33,25 @@ def wire(command: TpmCommand) -> bytes:
 
 
 streams = st.lists(commands(), max_size=6)
+# Prefix and command that give different sizes, or a locality or size out of bounds.
+_sizes = st.integers(0, 30) | st.sampled_from([MAX, MAX + 1, 2**32 - 1])
+contradictions = st.builds(
+    lambda locality, size, inner: struct.pack(">IBIHI", 8, locality, size, 0x8001, inner) + bytes(20),
+    *(st.integers(0, 6), _sizes, _sizes),
+)
+
+
+@effort.codec
+@given(contradictions)
+def test_stream_ends_when_prefix_and_command_contradict_each_other(stream: bytes) -> None:
+    found = CommandFramer(MAX).feed(stream)
+    _, locality, size, _, inner = struct.unpack_from(">IBIHI", stream)
+    if locality <= 4 and size == inner and 10 <= size <= MAX:
+        assert all(isinstance(one, TpmCommand) and len(one.data) == size for one in found[:1])
+    else:
+        assert isinstance(found[0], BadCommand)
+        assert found[0].prefixed
+        assert len(found) == 1
 
 
 @effort.codec

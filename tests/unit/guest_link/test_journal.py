@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -123,6 +124,49 @@ def test_a_reply_is_whole_when_the_peer_reads_slowly(memfd: int, ends: tuple[soc
     while received < filler + REPLY_BYTES:
         received += len(theirs.recv(65536))
     assert received == filler + REPLY_BYTES
+
+
+def test_successor_gives_up_when_the_journal_was_cut_short_within_the_reply(
+    memfd: int, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = ends
+    _left_replying(Journal(memfd), memfd, b"r" * 300, 100)
+    journal = Journal(memfd)
+    os.ftruncate(memfd, REPLY_AT + 150)
+    with pytest.raises(BrokenPipeError):
+        journal.send_rest(ours, 1)
+    assert theirs.recv(1000) == b"r" * 50
+
+
+def test_a_reply_goes_on_when_the_peer_makes_room_for_it(memfd: int, ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    ours.setblocking(False)
+    filler = 0
+    with pytest.raises(BlockingIOError):
+        while True:
+            filler += ours.send(b"f" * 65536)
+    received = bytearray()
+
+    def read() -> None:
+        while len(received) < filler + REPLY_BYTES:
+            received.extend(theirs.recv(65536))
+
+    reader = threading.Timer(0.05, read)
+    reader.start()
+    Journal(memfd).reply(ours, b"r" * REPLY_BYTES, 5)
+    reader.join(5)
+    assert received.endswith(b"r" * REPLY_BYTES)
+    assert Journal(memfd).state is LinkState.IDLE
+
+
+def test_nothing_is_left_of_a_turn_when_its_peer_is_gone(memfd: int) -> None:
+    journal = Journal(memfd)
+    journal.begin(b"request")
+    journal.end()
+    assert (journal.state, journal.request) == (LinkState.IDLE, b"request")
+    journal.power = JournaledPower.ON
+    journal.reset()
+    assert (journal.state, journal.request, journal.power) == (LinkState.IDLE, b"", JournaledPower.OFF)
 
 
 @pytest.mark.parametrize("content", [b"\xff" * JOURNAL_BYTES, os.urandom(JOURNAL_BYTES), bytes(JOURNAL_BYTES)])
