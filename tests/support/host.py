@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -80,11 +80,16 @@ class Host:
         self.end()
 
     # -- services ---------------------------------------------------------------------------------------------------
-    def start(self) -> None:
-        """Start the manager, which starts what is missing; return when it serves."""
+    def start(self, before: Callable[[int], None] | None = None) -> None:
+        """Start the manager, which starts what is missing; return when it serves.
+
+        Args:
+            before: called with the manager's process id while the process has not begun the program yet.
+        """
         self._manager = subprocess.Popen(
             [
                 *self._command_prefix,
+                *(() if before is None else ("sh", "-c", 'kill -STOP $$; exec "$@"', "sh")),
                 BIN / "vtpm-managerd",
                 *("--config", self.config, "--platform-tpm", self.platform_tpm),
                 *("--state-dir", self.state_dir, "--run-dir", self.run_dir),
@@ -94,11 +99,20 @@ class Host:
             stderr=subprocess.PIPE,
         )
         assert self._manager.stderr is not None
+        if before is not None:
+            os.waitid(os.P_PID, self._manager.pid, os.WSTOPPED)
+            before(self._manager.pid)
+            self._manager.send_signal(signal.SIGCONT)
         line = _wait_for_line(self._manager.stderr.fileno(), b"ready: ", START_TIMEOUT_S, self._log)
         if not line:
             raise AssertionError(f"the manager did not start:\n{self.log()}\n{self.service_logs()}")
         self._pump = threading.Thread(target=_pump, args=(self._manager.stderr, self._log), daemon=True)
         self._pump.start()
+
+    @property
+    def manager_runs(self) -> bool:
+        """Whether the manager that was started last has not ended yet."""
+        return self._manager is not None and self._manager.poll() is None
 
     def stop_manager(self) -> None:
         """End the manager alone, with SIGTERM."""
