@@ -49,7 +49,6 @@ FIRST_STEPS = _steps(f"""
     M ftruncate vault/vtpm.db.new*
     M fsync vault/vtpm.db.new*
     M link vault/vtpm.db.new*
-    M fsync .
 """)
 """At the first start of a host alone, in their order."""
 STEPS = _steps(f"""
@@ -72,6 +71,7 @@ STEPS = _steps(f"""
     M unlink vault/vtpm.db.new*
     M fdatasync vault
     M fsync vault
+    M fsync .
     M fsync vault/vtpm.db-wal
     M pwrite64 vault/vtpm.db-wal
     M fdatasync vault/vtpm.db-wal

@@ -159,8 +159,10 @@ class Host:
     def end(self) -> None:
         """End everything: in order if it can, and whatever is left by its id."""
         pids = [pid for service in SERVICES if (pid := self.pid(service)) is not None]
+        patience_s = 0.0
         with contextlib.suppress(Exception), self.client() as client:
             client.shutdown()
+            patience_s = 5.0
         if self._manager is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._manager.wait(20)
@@ -168,7 +170,7 @@ class Host:
             self._manager.wait(20)
             self._close_log()
         for pid in pids:
-            wait_ended(pid, 5) or kill_process(pid)
+            wait_ended(pid, patience_s) or kill_process(pid)
         if not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -191,6 +191,9 @@ def open_database(directory: Path, check: Check, first_record: Callable[[], byte
     with translated_errors(path):
         if not path.is_symlink() and not path.exists():
             _create(directory, first_record)
+        # At each opening: whoever made the file, its log or the directory may have been killed before these.
+        _fsync_directory(directory)
+        _fsync_directory(directory.parent)
         # The first name of the file just made, or made by one who was killed here.
         path.with_name(f"{DATABASE_NAME}.new").unlink(missing_ok=True)
         _check_file(path)
@@ -214,7 +217,10 @@ def open_database(directory: Path, check: Check, first_record: Callable[[], byte
 
 
 def _create(directory: Path, first_record: Callable[[], bytes]) -> None:
-    """Make a complete database under another name, then give it its own: an unfinished one is never found."""
+    """Make a complete database under another name, then give it its own: an unfinished one is never found.
+
+    The names are not on the disk yet when this returns.
+    """
     path = directory / DATABASE_NAME
     log = path.with_name(f"{DATABASE_NAME}-wal")
     if log.exists():
@@ -238,9 +244,6 @@ def _create(directory: Path, first_record: Callable[[], bytes]) -> None:
         os.fsync(file.fileno())
     # A link refuses to replace what is there, which a rename does not.
     os.link(draft, path)
-    _fsync_directory(directory)
-    # Whoever made the directory, it may not be on the disk yet.
-    _fsync_directory(directory.parent)
 
 
 def _check_file(path: Path) -> None:
@@ -294,7 +297,6 @@ def _rewrite_log(path: Path) -> None:
         while chunk := os.pread(fd, _COPY_BYTES, offset):
             offset += os.pwrite(fd, chunk, offset)
         os.fsync(file.fileno())
-    _fsync_directory(path.parent)
 
 
 def _configure(db: sqlite3.Connection, path: Path) -> None:
