@@ -25,7 +25,6 @@ from vtpm.client.manager_client import ManagerClient
 from vtpm.errors import UnavailableError
 from vtpm.wire.api import LifeState
 
-WRITERS = ("w0", "w1")
 IDLE = "idle"
 """A vTPM that nobody writes to; it is read while services are dead."""
 VTPMD = "vtpmd"
@@ -34,6 +33,8 @@ SETTLE_TIMEOUT_S = 20.0
 MAX_DELAY_S = 0.02
 MAX_WRITES_BEFORE = 8
 SOAK_ROUNDS = int(os.environ.get("VTPM_KILL_ROUNDS", "2000"))
+CROWD = 16
+CROWD_ROUNDS = int(os.environ.get("VTPM_CROWD_ROUNDS", "500"))
 
 
 @dataclass
@@ -57,15 +58,16 @@ class Tally:
 
 
 class KillRun:
-    """One host, two vTPMs under writes and an idle one, and somebody who kills."""
+    """One host, some vTPMs under writes and an idle one, and somebody who kills."""
 
-    def __init__(self, host: Host, client: ManagerClient, seed: int) -> None:
+    def __init__(self, host: Host, client: ManagerClient, seed: int, writers: int) -> None:
         self._host = host
         self._client = client
         self._random = random.Random(seed)
         self.tally = Tally()
         self._writers: dict[str, Writer] = {}
-        for name in (*WRITERS, IDLE):
+        self._busy = tuple(f"w{number}" for number in range(writers))
+        for name in (*self._busy, IDLE):
             client.create(name)
             self._writers[name] = Writer(data_socket(client.start(name).tcti))
 
@@ -75,7 +77,7 @@ class KillRun:
     def round(self) -> None:
         """Write, kill, bring the host back as an operator would, check."""
         victims = self._draw()
-        busy = [self._writers[name] for name in WRITERS]
+        busy = [self._writers[name] for name in self._busy]
         before = {name: writer.answered for name, writer in self._writers.items()}
         pids = {name: self._pid(name) for name in victims}
         for writer in busy:
@@ -113,7 +115,7 @@ class KillRun:
             return set(everyone)
         if chance < 0.25:
             return set(self._random.sample(everyone, self._random.randrange(2, len(everyone))))
-        return {self._random.choice((*SERVICES, *WRITERS, *WRITERS))}
+        return {self._random.choice(self._random.choice((SERVICES, self._busy)))}
 
     def _pid(self, name: str) -> int:
         pid = self._host.pid(name) if name in SERVICES else self._client.show(name).pid
@@ -159,16 +161,16 @@ def _kill_at_once(pids: Iterable[int]) -> None:
         os.close(pidfd)
 
 
-def _run(rounds: int) -> None:
+def _run(rounds: int, writers: int) -> Tally:
     seed = int(os.environ.get("VTPM_KILL_SEED", random.SystemRandom().randrange(1 << 32)))
     print(f"seed {seed}")
     began = time.monotonic()
     with Host() as host, host.client() as client:
-        run = KillRun(host, client, seed)
+        run = KillRun(host, client, seed, writers)
         try:
             while run.tally.rounds < rounds:
                 run.round()
-                if run.tally.rounds % 100 == 0:
+                if run.tally.rounds % 100 == 0 and run.tally.rounds < rounds:
                     print(run.tally.line(seed, time.monotonic() - began), flush=True)
         except BaseException as error:
             error.add_note(
@@ -177,17 +179,27 @@ def _run(rounds: int) -> None:
             raise
         finally:
             run.close()
+        print(run.tally.line(seed, time.monotonic() - began), flush=True)
+        return run.tally
 
 
 @pytest.mark.timeout(240)
 def test_answered_writes_are_there_when_anything_is_killed_at_random() -> None:
-    _run(100)
+    _run(100, writers=2)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(6 * 3600)
 def test_answered_writes_are_there_when_anything_is_killed_at_random_for_long() -> None:
-    _run(SOAK_ROUNDS)
+    _run(SOAK_ROUNDS, writers=2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2 * 3600)
+def test_answered_writes_are_there_when_anything_is_killed_under_sixteen_writers() -> None:
+    tally = _run(CROWD_ROUNDS, writers=CROWD)
+    # Otherwise they did not write at the same time.
+    assert tally.in_flight_kept + tally.in_flight_lost > CROWD_ROUNDS
 
 
 def test_a_service_that_is_dead_disturbs_no_read_when_a_vtpm_runs() -> None:

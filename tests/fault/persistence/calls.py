@@ -230,5 +230,3 @@ class Counted:
 def _process_of(thread: int) -> int:
     status = Path(f"/proc/{thread}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("Tgid:")).split()[1])
-
-
