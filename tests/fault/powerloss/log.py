@@ -42,14 +42,29 @@ class State:
     """A disk that a power loss may leave, and the marks that had been made by then.
 
     Args:
+        marks: all of them that were made while the disk was so.
+        anchors: every value that the platform TPM may have had meanwhile; "" for none.
         boundary: number of flush boundaries before it.
         subset: whether some of the writes that were under way are in it.
+        position: of the entry that ended it.
     """
 
     disk: bytes
     marks: Mapping[str, str]
+    anchors: tuple[str, ...]
     boundary: int
     subset: bool
+    position: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A save that was answered, and what the platform TPM surely had by then."""
+
+    position: int
+    name: str
+    version: int
+    anchor: str
 
 
 def read_log(file: BinaryIO, offset: int) -> list[Entry]:
@@ -81,31 +96,61 @@ def states(base: bytes, entries: list[Entry], chance: random.Random, subsets: in
     """Every state at a flush boundary, and `subsets` random ones of what was under way at each."""
     disk = bytearray(base)
     marks: dict[str, str] = {}
+    # What the platform TPM has since the last flush: first what it had then.
+    anchors = [""]
     under_way: list[Entry] = []
     boundary = 0
-    for entry in entries:
+    for position, entry in enumerate(entries):
         if Flag.MARK in entry.flags:
-            name, _, value = entry.data.rstrip(b"\0").decode().partition("=")
+            name, value = _mark(entry)
             if name == "end":
-                yield State(bytes(disk), dict(marks), boundary, subset=False)
+                yield State(bytes(disk), dict(marks), tuple(anchors), boundary, False, position)
                 return
+            if name == "anchoring":
+                anchors.append(value)
             marks[name] = value
             continue
         if entry.flags & (Flag.FLUSH | Flag.FUA):
-            yield State(bytes(disk), dict(marks), boundary, subset=False)
+            yield State(bytes(disk), dict(marks), tuple(anchors), boundary, False, position)
             for _ in range(subsets if under_way else 0):
                 partial = bytearray(disk)
                 for write in under_way:
                     if chance.random() < 0.5:
                         _apply(partial, write)
-                yield State(bytes(partial), dict(marks), boundary, subset=True)
+                yield State(bytes(partial), dict(marks), tuple(anchors), boundary, True, position)
             for write in (*under_way, entry):
                 _apply(disk, write)
             under_way.clear()
             boundary += 1
+            # A write to the TPM that is under way may have come to pass or not.
+            anchors = list(dict.fromkeys((marks.get("anchor", ""), marks.get("anchoring", ""))))
         elif entry.count:
             under_way.append(entry)
     raise ValueError("the log ends before its last mark")
+
+
+def anchorings(entries: list[Entry]) -> list[tuple[int, str]]:
+    """Every value that was anchored, with the position of its mark."""
+    marks = ((position, *_mark(entry)) for position, entry in enumerate(entries) if Flag.MARK in entry.flags)
+    return [(position, value) for position, name, value in marks if name == "anchor"]
+
+
+def answers(entries: list[Entry]) -> list[Answer]:
+    """Every save that was answered."""
+    anchor, found = "", []
+    for position, entry in enumerate(entries):
+        if Flag.MARK in entry.flags:
+            name, value = _mark(entry)
+            if name == "anchor":
+                anchor = value
+            elif name.startswith("state."):
+                found.append(Answer(position, name.removeprefix("state."), int(value), anchor))
+    return found
+
+
+def _mark(entry: Entry) -> tuple[str, str]:
+    name, _, value = entry.data.rstrip(b"\0").decode().partition("=")
+    return name, value
 
 
 def _apply(disk: bytearray, entry: Entry) -> None:

@@ -11,6 +11,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,14 +69,20 @@ from vtpm.platform_tpm.sealed_blob import IndexRef, SealedBlob  # noqa: E402
 from vtpm.secret import Secret  # noqa: E402
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId  # noqa: E402
 from vtpm.vault import sqlite_file  # noqa: E402
-from vtpm.vault.anchor import AnchorPolicy  # noqa: E402
+from vtpm.vault.anchor import Anchoring, AnchorPolicy  # noqa: E402
 from vtpm.vault.committer import Committer  # noqa: E402
 from vtpm.vault.records import DomainKind, SaveRequest, VtpmRecord  # noqa: E402
 from vtpm.vault.root_record import NOTHING_ANCHORED, AnchorValue  # noqa: E402
 from vtpm.vault.sqlite_store import SqliteStore  # noqa: E402
 
 LIMIT_S = 60.0
+TPM_WRITE_S = 0.02
+"""What a hardware TPM takes is more; long enough for a commit beside it."""
+INTERVAL_S = 0.15
 Mark = Callable[[str], None]
+
+
+_COUNTS = Anchoring.counts
 
 
 class OsWithout:
@@ -93,14 +100,17 @@ class OsWithout:
 
 
 def mutate(variant: str) -> None:
-    """Take away what the variant names, as `store-what`."""
+    """Take away what the variant names, as `store-what`; `interval` takes nothing away."""
     modules: dict[str, Any] = {"vault": sqlite_file, "embedded": embedded, "root": durable_file}
     left_out = {"files": stat.S_ISREG, "directories": stat.S_ISDIR}
     for module in modules.values():
         module.os = os
     sqlite_file.SYNCHRONOUS = "FULL"
+    Anchoring.counts = _COUNTS  # type: ignore[method-assign]
     store, _, what = variant.partition("-")
-    if what in left_out:
+    if variant == "anchor-late":
+        Anchoring.counts = lambda *_: True  # type: ignore[assignment, method-assign]
+    elif what in left_out:
         modules[store].os = OsWithout(left_out[what])
     elif what:
         sqlite_file.SYNCHRONOUS = what
@@ -142,7 +152,7 @@ class PlainTpm:
 
 
 class MarkedAnchor:
-    """The platform TPM, which is on no disk: a value is anchored when its mark is in the log."""
+    """The platform TPM, which is on no disk. Between two marks a value may be anchored already or not."""
 
     def __init__(self, mark: Mark) -> None:
         self._mark = mark
@@ -152,18 +162,21 @@ class MarkedAnchor:
         return self._value
 
     def write(self, value: AnchorValue) -> None:
-        self._mark(f"anchor={value.version}:{value.digest.hex()}")
+        words = f"{value.version}:{value.digest.hex()}"
+        self._mark(f"anchoring={words}")
+        time.sleep(TPM_WRITE_S)
+        self._mark(f"anchor={words}")
         self._value = value
 
 
-def write(folder: Path, rounds: int, mark: Mark) -> None:
+def write(folder: Path, rounds: int, policy: AnchorPolicy, mark: Mark) -> None:
     """Use the three stores in turn; each answer is marked before the next write begins."""
     tpm: Any = PlainTpm()
     none: Any = None
     keeper = MarkedAnchor(mark)
     store = SqliteStore(folder / "vault", Secret(MAC_KEY), keeper)
     mark("vault=1")
-    committer = Committer(store, keeper, AnchorPolicy())
+    committer = Committer(store, keeper, policy)
     tpm_store = embedded.EmbeddedStore(folder / "embedded")
     permits = {name: _begin(committer, name, mark) for name in VTPM_NAMES}
     for version in range(1, rounds + 1):
@@ -181,6 +194,9 @@ def write(folder: Path, rounds: int, mark: Mark) -> None:
         futures = {}
         for name in VTPM_NAMES:
             data, own = blob(name, version), VtpmId(vtpm_id(name))
+            if futures:
+                # While the one before is on its way to the platform TPM.
+                time.sleep(TPM_WRITE_S / 2)
             futures[name] = committer.submit(
                 SaveRequest(
                     own, InstanceId(UUID(int=own.int ^ 1)), version, hashlib.sha256(data).digest(),
@@ -231,7 +247,8 @@ def run(mapper: DeviceMapper, index: int, variant: str, rounds: int) -> None:
     options = "noauto_da_alloc,data=ordered,commit=900"
     subprocess.run(["mount", "-t", "ext4", "-o", options, node, folder], check=True, timeout=LIMIT_S)
     mutate(variant)
-    write(folder, rounds, lambda words: mapper.message("logged", f"mark {words}"))
+    policy = AnchorPolicy(INTERVAL_S if variant == "interval" else None)
+    write(folder, rounds, policy, lambda words: mapper.message("logged", f"mark {words}"))
     mapper.message("logged", "mark end=1")
     subprocess.run(["umount", folder], check=True, timeout=LIMIT_S)
     for name in ("logged", "log", "data"):
