@@ -27,8 +27,8 @@ from vtpm.vault.store import Store
 _log = logging.getLogger("vtpm.vault")
 T = TypeVar("T")
 
-SAVE_PATIENCE_S = 1.5
-"""How long a save waits for the store by default: Linux gives most TPM commands 2 s."""
+SAVE_PATIENCE_S = 1.3
+"""How long a save waits for the store by default: less than the 1.5 s of an instance, which so hears why it failed."""
 MAX_WAITING = 4096
 MAX_GROUP_SAVES = 256
 MAX_GROUP_BYTES = 16 * 1024 * 1024
