@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.fuzz import effort
 from tests.fuzz.mutations import spoiled
 from vtpm.errors import StateError, UsageError
-from vtpm.recovery_key import RecoveryKey, recipient
+from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey, recipient
 from vtpm.secret import Secret
 from vtpm.tpm.types import StateKind, TpmVersion, VtpmId
 from vtpm.vault import backup as backup_module
@@ -107,3 +107,14 @@ def test_recovery_key_is_read_right_or_refused_when_its_text_is_spoiled(data: st
 def test_text_is_refused_when_it_is_anything(text: str) -> None:
     with pytest.raises(UsageError):
         RecoveryKey.from_text(text)
+
+
+@effort.codec
+@given(st.binary(min_size=30, max_size=34), st.text(max_size=200))
+def test_public_recovery_key_is_what_was_read_or_refused(raw: bytes, text: str) -> None:
+    with suppress(UsageError):
+        key = RecoveryPublicKey(raw)
+        assert key.raw == raw
+        assert RecoveryPublicKey.from_text(key.to_text().lower().replace("-", " ")) == key
+    with suppress(UsageError):
+        RecoveryPublicKey.from_text(text)

@@ -323,3 +323,8 @@ def test_context_is_bounded() -> None:
     assert KEY.open(KEY.public.seal(SECRET, "p", largest), "p", largest) == SECRET
     with pytest.raises(StateError, match=f"has {MAX_CONTEXT_BYTES + 1}"):
         KEY.public.seal(SECRET, "p", largest + b"\0")
+
+
+def test_public_key_has_the_bytes_that_it_was_made_from() -> None:
+    public = RecoveryKey.generate().public
+    assert RecoveryPublicKey(public.raw) == public
