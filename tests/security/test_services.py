@@ -173,14 +173,28 @@ def test_others_vtpms_do_not_exist_when_an_ordinary_user_asks(host: Host) -> Non
             ["POST", "/v1/vtpms", '{"name": "mine"}'],
             ["POST", "/v1/shutdown", None],
             ["GET", "/v1/events", None],
+            ["POST", "/v1/vtpms/one/export", None],
+            ["POST", "/v1/vtpms/none/export", None],
         ],
     )
-    assert [status for status, _ in answers] == [200, 404, 404, 404, 404, 404, 403, 403, 200]
+    assert [status for status, _ in answers] == [200, 404, 404, 404, 404, 404, 403, 403, 200, 403, 403]
     assert answers[0][1] == answers[8][1] == []
+    assert answers[9] == answers[10]
     # Nothing tells a vTPM of another's from none.
     assert str(answers[1][1]).replace("'one'", "") == str(answers[2][1]).replace("'none'", "")
     with host.client() as client:
         assert client.show("one").state == "running"
+
+
+def test_import_is_refused_before_its_body_is_read_when_an_ordinary_user_asks(host: Host) -> None:
+    body = json.dumps({"backup": "A" * 100_000, "original_is_dead": True, "passphrase": "correct horse"})
+    answers = _as_ordinary(
+        host,
+        [["POST", "/v1/import", "{"], ["POST", "/v1/import/swtpm", "{"], ["POST", "/v1/import", body]],
+    )
+    assert [status for status, _ in answers] == [403, 403, 403]
+    with host.client() as client:
+        assert {vtpm.name for vtpm in client.list()} == {"one", "two"}
 
 
 BAD_REQUESTS = {
@@ -193,6 +207,23 @@ BAD_REQUESTS = {
     "a path": ("POST", "/v1/vtpms", b'{"name": "../x"}', 400),
     "another version": ("POST", "/v1/vtpms", b'{"name": "x", "tpm_version": "3.0"}', 400),
     "a body too large": ("POST", "/v1/vtpms", b" " * 20000, 400),
+    "an import too large": ("POST", "/v1/import", b" " * (10 * 1024 * 1024 + 1), 400),
+    "an import of nothing": ("POST", "/v1/import", b"{}", 400),
+    "an import as a number": ("POST", "/v1/import", b'{"backup": 1, "original_is_dead": true}', 400),
+    "a state too large": (
+        "POST",
+        "/v1/import/swtpm",
+        b'{"name": "x", "tpm_version": "2.0", "permanent": "' + b"AAAA" * (700 * 1024) + b'"}',
+        400,
+    ),
+    "a state of nothing": ("POST", "/v1/import/swtpm", b'{"name": "x", "tpm_version": "2.0", "permanent": ""}', 400),
+    "a source too long": (
+        "POST",
+        "/v1/import/swtpm",
+        b'{"name": "x", "tpm_version": "2.0", "permanent": "AAAA", "source": "' + b"/" * 4097 + b'"}',
+        400,
+    ),
+    "an export too large": ("POST", "/v1/vtpms/one/export", b" " * 20000, 400),
     "deep nesting": ("POST", "/v1/vtpms", b"[" * 16000, 400),
     "a negative id": ("GET", "/v1/events?after=-1", b"", 400),
     "a wait too long": ("GET", "/v1/events?wait_s=1e9", b"", 400),
@@ -233,6 +264,9 @@ def test_openapi_document_names_every_route_when_asked_for(raw: httpx.Client) ->
         ("/v1/vtpms/{name}", "delete"),
         ("/v1/vtpms/{name}/start", "post"),
         ("/v1/vtpms/{name}/stop", "post"),
+        ("/v1/vtpms/{name}/export", "post"),
+        ("/v1/import", "post"),
+        ("/v1/import/swtpm", "post"),
         ("/v1/events", "get"),
         ("/v1/policy", "get"),
         ("/v1/policy", "post"),
