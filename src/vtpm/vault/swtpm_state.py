@@ -1,6 +1,6 @@
 """The state directory of one swtpm, for `vtpm import`; docs/state-format.md, "State directory of swtpm".
 
-Reads and changes nothing. Imported by the manager and its tools. C: swtpm_nvstore_dir.c of swtpm.
+Reads and changes nothing. Imported by the command line, which has its caller's rights. C: swtpm_nvstore_dir.c of swtpm.
 """
 
 from __future__ import annotations
