@@ -68,6 +68,10 @@ STEPS = _steps(f"""
     K write keeper/root.escrow.next
     K fsync keeper/root.escrow.next
     K rename keeper/root.escrow.next
+    K unlink keeper/recovery.public.next
+    K write keeper/recovery.public.next
+    K fsync keeper/recovery.public.next
+    K rename keeper/recovery.public.next
     M unlink vault/vtpm.db.new*
     M fdatasync vault
     M fsync vault
