@@ -9,6 +9,7 @@ Imported by the manager.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections import deque
@@ -106,8 +107,11 @@ class Committer:
         self._close_by = 0.0
         self._ended_because = "the vault is closed"
         self._broken = False
+        self._to_anchor: queue.SimpleQueue[AnchorValue | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="vault-committer", daemon=True)
         self._thread.start()
+        # Ends by itself, after a write that may hang in the platform TPM: nobody waits for it.
+        threading.Thread(target=self._write_anchors, name="vault-anchor", daemon=True).start()
 
     def submit(self, request: SaveRequest, *, patience_s: float = SAVE_PATIENCE_S) -> Future[SaveAck]:
         """Have one save committed with others.
@@ -318,19 +322,19 @@ class Committer:
         if anchor_at is None or anchor_at > time.monotonic():
             return
         self._writing = True
-        value = self._anchoring.begin()
-        threading.Thread(target=self._write, args=(value,), name="vault-anchor", daemon=True).start()
+        self._to_anchor.put(self._anchoring.begin())
 
-    def _write(self, value: AnchorValue) -> None:
-        """Write to the platform TPM, in a thread of its own, and hand over what became of it."""
-        error: BaseException | None = None
-        try:
-            self._keeper.write(value)
-        except BaseException as failure:  # noqa: BLE001 - handed to the committer's thread
-            error = failure
-        with self._changed:
-            self._written = (error,)
-            self._changed.notify()
+    def _write_anchors(self) -> None:
+        """Write to the platform TPM, in a thread of its own, and hand over what became of each write."""
+        while (value := self._to_anchor.get()) is not None:
+            error: BaseException | None = None
+            try:
+                self._keeper.write(value)
+            except BaseException as failure:  # noqa: BLE001 - handed to the committer's thread
+                error = failure
+            with self._changed:
+                self._written = (error,)
+                self._changed.notify()
 
     def _note_written(self, error: BaseException | None) -> None:
         self._writing = False
@@ -391,6 +395,7 @@ class Committer:
             unanswered += [done.item for done in self._done if isinstance(done.item, _Call)]
         for item in unanswered:
             self._fail(item, self._ended(cause))
+        self._to_anchor.put(None)
         self._store.close()
 
     def _ended(self, cause: BaseException | None) -> StoreError:
