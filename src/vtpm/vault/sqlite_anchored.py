@@ -109,7 +109,7 @@ class Change:
         leaves = {}
         for vtpm_id, slot in self._slots.items():
             row = _row(self.db, vtpm_id)
-            leaf = EMPTY_LEAF if row is None else _leaf(self.db, row)
+            leaf = EMPTY_LEAF if row is None else _leaf(self.db, record_of(row))
             if leaf != self._ledger.leaf(slot):
                 leaves[slot] = leaf
         if not leaves and self._events == self._ledger.record.events and above is None:
@@ -269,16 +269,16 @@ def find_mark(db: sqlite3.Connection, id_bytes: bytes) -> SaveMark | None:
 
 def _verified(db: sqlite3.Connection, row: Row, ledger: Ledger, name: str) -> VtpmRecord:
     record = record_of(row)
-    if _leaf(db, row) != ledger.leaf(row[_SLOT]):
+    if _leaf(db, record) != ledger.leaf(row[_SLOT]):
         raise edited(name, f"the rows of vTPM {record.name} are not those that were written")
     return record
 
 
-def _leaf(db: sqlite3.Connection, row: Row) -> bytes:
-    """Return the leaf of the vTPM in this row, with what else is stored of it now."""
-    states = db.execute(SELECT_STATE_ENTRIES + " WHERE vtpm_id = ? ORDER BY kind", (row[0],))
-    entry = entry_of(record_of(row), [state_entry_of(state) for state in states], find_mark(db, row[0]))
-    return leaf_hash(entry)
+def _leaf(db: sqlite3.Connection, record: VtpmRecord) -> bytes:
+    """Return the leaf of the vTPM with this record, with what else is stored of it now."""
+    id_bytes = record.id.bytes
+    states = db.execute(SELECT_STATE_ENTRIES + " WHERE vtpm_id = ? ORDER BY kind", (id_bytes,))
+    return leaf_hash(entry_of(record, [state_entry_of(state) for state in states], find_mark(db, id_bytes)))
 
 
 def _all_leaves(db: sqlite3.Connection, name: str) -> dict[int, bytes]:
