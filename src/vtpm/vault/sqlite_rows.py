@@ -32,11 +32,18 @@ INSERT_RECORD = (
 )
 SELECT_STATES = "SELECT vtpm_id, kind, version, epoch, envelope, digest FROM state"
 SELECT_STATE_ENTRIES = "SELECT vtpm_id, kind, epoch, version, digest FROM state"
+# Not INSERT OR REPLACE: that makes another row, and with it writes two pages of indexes in which nothing changes.
 REPLACE_STATE = (
-    "INSERT OR REPLACE INTO state (vtpm_id, kind, version, epoch, digest, envelope) VALUES (?, ?, ?, ?, ?, ?)"
+    "INSERT INTO state (vtpm_id, kind, version, epoch, digest, envelope) VALUES (?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (vtpm_id, kind) DO UPDATE SET version = excluded.version, epoch = excluded.epoch,"
+    " digest = excluded.digest, envelope = excluded.envelope"
 )
 SELECT_MARKS = "SELECT instance_id, seq, digest, version, vtpm_id FROM save_mark"
-REPLACE_MARK = "INSERT OR REPLACE INTO save_mark (vtpm_id, instance_id, seq, digest, version) VALUES (?, ?, ?, ?, ?)"
+REPLACE_MARK = (
+    "INSERT INTO save_mark (vtpm_id, instance_id, seq, digest, version) VALUES (?, ?, ?, ?, ?)"
+    " ON CONFLICT (vtpm_id) DO UPDATE SET instance_id = excluded.instance_id, seq = excluded.seq,"
+    " digest = excluded.digest, version = excluded.version"
+)
 SELECT_EVENTS = "SELECT event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail, head FROM event"
 SELECT_EVENTS_HEAD = "SELECT event_id, head FROM event"
 INSERT_EVENT = (
