@@ -11,13 +11,14 @@ import dataclasses
 import itertools
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vtpm.errors import NotFoundError, StateError, StoreError
 from vtpm.secret import Secret
 from vtpm.tpm.types import VtpmId
-from vtpm.vault.entries import NO_EVENTS, entry_of, next_events_head
+from vtpm.vault.entries import NO_EVENTS, StateEntry, entry_of, next_events_head
 from vtpm.vault.ledger import Draft, Ledger, check_events_end, first_record
 from vtpm.vault.merkle import EMPTY_LEAF, leaf_hash
 from vtpm.vault.records import Event, SaveMark, VtpmRecord
@@ -56,6 +57,24 @@ _SLOT = -1
 """Place of the slot in a row of SELECT_RECORDS."""
 
 
+@dataclass(frozen=True)
+class Stored:
+    """All that is stored of one vTPM but its envelopes.
+
+    Args:
+        states: by kind, ascending.
+    """
+
+    record: VtpmRecord
+    states: Sequence[StateEntry]
+    mark: SaveMark | None
+
+    @property
+    def leaf(self) -> bytes:
+        """What stands for it in the tree."""
+        return leaf_hash(entry_of(self.record, self.states, self.mark))
+
+
 class Change:
     """One transaction under way: what it has touched, and what it has to say to the audit log.
 
@@ -74,7 +93,11 @@ class Change:
         self._events, self._events_head = ledger.record.events, ledger.record.events_head
 
     def vtpm(self, vtpm_id: VtpmId) -> VtpmRecord:
-        """Return the record of a vTPM that may be changed now.
+        """Return the record of a vTPM that may be changed now; see `all_of`."""
+        return self.all_of(vtpm_id).record
+
+    def all_of(self, vtpm_id: VtpmId) -> Stored:
+        """Return what is stored of a vTPM that may be changed now, as it stands in this transaction.
 
         Raises:
             NotFoundError: there is none.
@@ -84,10 +107,10 @@ class Change:
         if row is None:
             raise NotFoundError(f"there is no vTPM {vtpm_id}")
         if vtpm_id in self._slots:
-            return record_of(row)
-        record = _verified(self.db, row, self._ledger, self._name)
+            return _stored(self.db, row)
+        stored = _verified(self.db, row, self._ledger, self._name)
         self._slots[vtpm_id] = row[_SLOT]
-        return record
+        return stored
 
     def new_slot(self, vtpm_id: VtpmId) -> int:
         """Return the slot for a vTPM that is made in this transaction."""
@@ -109,7 +132,7 @@ class Change:
         leaves = {}
         for vtpm_id, slot in self._slots.items():
             row = _row(self.db, vtpm_id)
-            leaf = EMPTY_LEAF if row is None else _leaf(self.db, record_of(row))
+            leaf = EMPTY_LEAF if row is None else _stored(self.db, row).leaf
             if leaf != self._ledger.leaf(slot):
                 leaves[slot] = leaf
         if not leaves and self._events == self._ledger.record.events and above is None:
@@ -207,7 +230,7 @@ class AnchoredDatabase:
         if row is None:
             raise NotFoundError(f"there is no vTPM {name}")
         with self.reading() as db:
-            return _verified(db, row, self.ledger, str(self.path))
+            return _verified(db, row, self.ledger, str(self.path)).record
 
     @contextlib.contextmanager
     def changing(
@@ -267,18 +290,17 @@ def find_mark(db: sqlite3.Connection, id_bytes: bytes) -> SaveMark | None:
     return None if row is None else mark_of(row)
 
 
-def _verified(db: sqlite3.Connection, row: Row, ledger: Ledger, name: str) -> VtpmRecord:
-    record = record_of(row)
-    if _leaf(db, record) != ledger.leaf(row[_SLOT]):
-        raise edited(name, f"the rows of vTPM {record.name} are not those that were written")
-    return record
+def _verified(db: sqlite3.Connection, row: Row, ledger: Ledger, name: str) -> Stored:
+    stored = _stored(db, row)
+    if stored.leaf != ledger.leaf(row[_SLOT]):
+        raise edited(name, f"the rows of vTPM {stored.record.name} are not those that were written")
+    return stored
 
 
-def _leaf(db: sqlite3.Connection, record: VtpmRecord) -> bytes:
-    """Return the leaf of the vTPM with this record, with what else is stored of it now."""
-    id_bytes = record.id.bytes
-    states = db.execute(SELECT_STATE_ENTRIES + " WHERE vtpm_id = ? ORDER BY kind", (id_bytes,))
-    return leaf_hash(entry_of(record, [state_entry_of(state) for state in states], find_mark(db, id_bytes)))
+def _stored(db: sqlite3.Connection, row: Row) -> Stored:
+    """Return what is stored of the vTPM in this row, now."""
+    states = db.execute(SELECT_STATE_ENTRIES + " WHERE vtpm_id = ? ORDER BY kind", (row[0],))
+    return Stored(record_of(row), [state_entry_of(state) for state in states], find_mark(db, row[0]))
 
 
 def _all_leaves(db: sqlite3.Connection, name: str) -> dict[int, bytes]:

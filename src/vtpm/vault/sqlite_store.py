@@ -41,7 +41,7 @@ from vtpm.vault.rules import (
     decides_who_runs,
     is_replay,
 )
-from vtpm.vault.sqlite_anchored import AnchoredDatabase, Change, find_mark
+from vtpm.vault.sqlite_anchored import AnchoredDatabase, Stored, find_mark
 from vtpm.vault.sqlite_rows import (
     INSERT_RECORD,
     REPLACE_MARK,
@@ -245,13 +245,16 @@ class SqliteStore:
         prompt = any(save.permit_id is not None for save in batch)
         with self._file.changing(prompt=prompt) as change:
             for save in batch:
-                change.db.execute("SAVEPOINT one_save")
                 try:
-                    outcomes.append(self._apply(change, save))
+                    stored = change.all_of(save.vtpm_id)
+                    replayed = self._check(stored, save)
                 except VtpmError as refusal:
-                    change.db.execute("ROLLBACK TO one_save")
+                    # Nothing of it was written.
                     outcomes.append(refusal)
-                change.db.execute("RELEASE one_save")
+                    continue
+                if replayed is None:
+                    self._write(change.db, stored, save)
+                outcomes.append(replayed or SaveAck(SaveEffect.COMMITTED, save.version))
         return outcomes
 
     def last_save(self, vtpm_id: VtpmId) -> SaveMark | None:
@@ -287,17 +290,19 @@ class SqliteStore:
             check_event_follows(self._name, _events_head(db, event.event_id - 1), event, row[-1])
             return event
 
-    def _apply(self, change: Change, save: SaveRequest) -> SaveAck:
-        """Check one save against the record as it stands in this transaction, then write it."""
+    def _check(self, stored: Stored, save: SaveRequest) -> SaveAck | None:
+        """Return what answers a save that was committed already, None for one to be committed; raise the refusal."""
         check_save_bounds(save)
-        db, record = change.db, change.vtpm(save.vtpm_id)
-        check_bound(record, save.instance_id)
-        mark = find_mark(db, save.vtpm_id.bytes)
-        if mark is not None and is_replay(record, mark, save):
-            return SaveAck(SaveEffect.REPLAYED, mark.version)
-        check_save(record, save)
+        check_bound(stored.record, save.instance_id)
+        if stored.mark is not None and is_replay(stored.record, stored.mark, save):
+            return SaveAck(SaveEffect.REPLAYED, stored.mark.version)
+        check_save(stored.record, save)
+        return None
+
+    def _write(self, db: sqlite3.Connection, stored: Stored, save: SaveRequest) -> None:
         # Volatile state older than the permanent one would give a guest back PCR values of an earlier moment.
-        if save.kind is StateKind.PERMANENT:
+        has_volatile = any(state.kind is StateKind.VOLATILE for state in stored.states)
+        if save.kind is StateKind.PERMANENT and has_volatile:
             self._delete_kind(db, save.vtpm_id, StateKind.VOLATILE)
         if save.envelope:
             self._put_state(db, SavedState(save.vtpm_id, save.kind, save.version, save.epoch, save.envelope))
@@ -311,7 +316,6 @@ class SqliteStore:
             REPLACE_MARK,
             (save.vtpm_id.bytes, save.instance_id.bytes, save.seq, save.digest, save.version),
         )
-        return SaveAck(SaveEffect.COMMITTED, save.version)
 
     @property
     def _name(self) -> str:
