@@ -1,12 +1,13 @@
 """The instance's end of the manager link: asks for state, has state kept, and hears what the manager wants.
 
-The TPM thread calls `load` and `save`, which wait, bounded; the main thread moves the bytes. After a manager's restart
-the new one says Hello on the same descriptor; what is open is then asked again, with the same sequence number, which is
-harmless (the vault knows the last save it committed).
+The TPM thread calls `load` and `save`, which send and wait, bounded; the main thread moves all other bytes. After a
+manager's restart the new one says Hello on the same descriptor; what is open is then asked again, with the same
+sequence number, which is harmless (the vault knows the last save it committed).
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -45,6 +46,8 @@ SAVE_TIMEOUT_S = 1.5
 """Linux gives most TPM 2.0 commands 2 s (tpm2_calc_ordinal_duration); the answer must be there before."""
 RETRY_DELAY_S = 0.1
 _RECEIVE_BYTES = 65536
+_FRAMES_SENT = 8
+"""At most, in one call."""
 
 
 @dataclass
@@ -133,7 +136,12 @@ class ManagerChannel:
         with self._lock:
             self._open = question
             self._out.ask(question.messages)
-        self._wake()
+            # From this thread, for a save waits for it; what the socket does not take is the main thread's to send.
+            with contextlib.suppress(OSError):
+                self._send()
+            unsent = bool(self._out)
+        if unsent:
+            self._wake()
         answered = question.answered.wait(max(0.0, deadline_s - time.monotonic()))
         with self._lock:
             self._open = None
@@ -166,11 +174,7 @@ class ManagerChannel:
     def on_writable(self) -> None:
         """Send what the socket takes. Raises OSError: the link is gone."""
         with self._lock:
-            while self._out:
-                try:
-                    self._out.sent(self._sock.send(self._out.head))
-                except BlockingIOError:
-                    return
+            self._send()
 
     def on_readable(self) -> bool:
         """Take what has come. Returns False when the link has ended. Raises OSError: the link is gone."""
@@ -205,6 +209,14 @@ class ManagerChannel:
         """Drop what was queued for a manager that is gone, from the next frame on."""
         with self._lock:
             self._out.clear()
+
+    def _send(self) -> None:
+        while self._out:
+            try:
+                # Together, so that the manager is woken once for a save.
+                self._out.sent(self._sock.sendmsg(self._out.heads(_FRAMES_SENT)))
+            except BlockingIOError:
+                return
 
     def _receive(self, body: bytes) -> None:
         message = decode_message(body, Direction.TO_INSTANCE)

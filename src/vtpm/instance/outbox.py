@@ -7,6 +7,7 @@ What is left are answers to the manager's own requests, which a manager that doe
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -63,14 +64,20 @@ class Outbox:
         """The bytes to send next. Only when there are some."""
         return self._waiting[0].left
 
+    def heads(self, most: int) -> list[memoryview]:
+        """The bytes to send next, of up to so many messages."""
+        return [one.left for one in itertools.islice(self._waiting, most)]
+
     def sent(self, count: int) -> None:
-        """Say that this many bytes of `head` have left."""
-        first = self._waiting[0]
-        first.left = first.left[count:]
-        first.begun = True
-        if first.left:
-            return
-        self._waiting.popleft()
+        """Say that this many bytes of `head`, or of `heads` together, have left."""
+        while count:
+            first = self._waiting[0]
+            first.begun = True
+            part = min(count, len(first.left))
+            first.left = first.left[part:]
+            count -= part
+            if not first.left:
+                self._waiting.popleft()
         if self._dropped_notes and not self._notes():
             self._append(Note(f"{self._dropped_notes} more notes were dropped, for no manager read them"))
             self._dropped_notes = 0
