@@ -1,4 +1,4 @@
-"""`python -m bench [roundtrip|floor|nvwrite|footprint] [--command NAME]`; everything when no figure is named."""
+"""`python -m bench [FIGURE] [--command NAME]`; everything when no figure is named."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 
 from tests.support.host import Host
 
-from bench import measure, report
+from bench import flood, measure, rates, report, saves
 from bench.commands import READS
 from bench.peers import ours, swtpm
+from vtpm.vault.anchor import AnchorMode
 
-FIGURES = ("roundtrip", "floor", "nvwrite", "footprint")
+SIDE_BY_SIDE = ("roundtrip", "nvwrite", "footprint")
+FIGURES = ("floor", *SIDE_BY_SIDE, "saves", "flood")
 
 
 def main() -> None:
@@ -27,9 +29,13 @@ def main() -> None:
         floors = measure.floors(names)
         report.print_floors(floors)
         report.save("floor", floors, facts)
-    if set(wanted) != {"floor"}:
+    if set(wanted) & set(SIDE_BY_SIDE):
         with Host() as host:
             _side_by_side(host, wanted, names, facts)
+    if "saves" in wanted:
+        _saves(facts)
+    if "flood" in wanted:
+        _flood(facts)
 
 
 def _side_by_side(host: Host, wanted: tuple[str, ...], names: list[str], facts: dict[str, str]) -> None:
@@ -47,6 +53,27 @@ def _side_by_side(host: Host, wanted: tuple[str, ...], names: list[str], facts: 
         figures = measure.footprint(host)
         report.print_footprint(figures)
         report.save("footprint", [figures], facts)
+
+
+def _saves(facts: dict[str, str]) -> None:
+    spent = saves.spent()
+    report.print_spent(spent)
+    report.save("saves", spent, facts)
+    rows = []
+    for row in rates.rates():
+        report.print_rate(row)
+        rows.append(row)
+    report.save("rates", rows, facts)
+    registered = rates.registered()
+    report.print_registered(registered)
+    report.save("registered", [registered], facts)
+
+
+def _flood(facts: dict[str, str]) -> None:
+    rows = [flood.flood(mode) for mode in AnchorMode]
+    for row in rows:
+        report.print_flood(row)
+    report.save("flood", rows, facts)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,19 @@ class RawClient:
     """A connection to a TPM's data socket. The time limit is the kernel's, so that it costs no system call."""
 
     def __init__(self, path: Path) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.connect(str(path))
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(str(path))
         limit = TIMEOUT_S.to_bytes(8, "little") + bytes(8)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def exchange(self, command: bytes) -> bytes:
         """Send a command and return what one recv gives."""
-        self._sock.send(command)
-        return self._sock.recv(_RESPONSE_BYTES)
+        self.sock.send(command)
+        return self.sock.recv(_RESPONSE_BYTES)
 
     def close(self) -> None:
         """Hang up."""
-        self._sock.close()
+        self.sock.close()
 
 
 def succeed(exchange: Exchange, command: bytes) -> None:

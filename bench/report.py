@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.figures import Comparison
+from bench.flood import P99_LIMIT_US, Flood
+from bench.flood import RATIO_LIMIT as FLOOD_RATIO_LIMIT
 from bench.measure import Floor, Footprint
+from bench.rates import RATIO_LIMIT, Rate, Registered
+from bench.saves import LIMIT_US, Spent
 
 FOLDER = Path("build/bench")
 
@@ -20,6 +25,7 @@ def versions() -> dict[str, str]:
     """Return the date and what was measured with."""
     found = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     found |= {"python": platform.python_version(), "kernel": platform.release(), "machine": platform.machine()}
+    found["load"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     for package in ("libtpms0", "swtpm"):
         done = subprocess.run(
             ["dpkg-query", "-W", "-f=${Version}", package], capture_output=True, text=True, timeout=10
@@ -53,7 +59,54 @@ def print_footprint(row: Footprint) -> None:
     print(f"PSS of a process, KiB      {row.ours_pss_kib:.0f} / {row.swtpm_pss_kib:.0f}")
 
 
-def save(name: str, figures: Sequence[Comparison | Floor | Footprint], facts: dict[str, str]) -> None:
+def print_spent(rows: Sequence[Spent]) -> None:
+    """Print what one save spends."""
+    print(
+        f"{'one save, us':<13}{'all':>8}{'p99':>8}{'flushes':>9}{'anchor':>8}{'ours':>7}{'libtpms':>9}  ours, per block"
+    )
+    for row in rows:
+        print(
+            f"{row.mode:<13}{row.total_us:>8.0f}{row.total_p99_us:>8.0f}{row.flushes_us:>9.0f}{row.anchor_us:>8.0f}"
+            f"{row.ours_us:>7.0f}{row.libtpms_us:>9.1f}  {row.ours_least_us:.0f} - {row.ours_most_us:.0f};"
+            f" at most {LIMIT_US:.0f} at the median: {_verdict(row.met)}"
+        )
+    print(f"one exchange with the keeper alone: {max(row.exchange_us for row in rows):.0f} us")
+
+
+def print_rate(row: Rate) -> None:
+    """Print one line of the rates."""
+    print(
+        f"{row.platform:<9}{row.mode:<12}{row.writers:>3} vTPMs{row.saves_per_s:>7.0f} saves/s, median"
+        f"{row.median_us:>8.0f} us, p99{row.p99_us:>8.0f} us,{row.anchor_writes_per_1000:>8.1f} anchor writes per 1000"
+    )
+
+
+def print_registered(row: Registered) -> None:
+    """Print what many registered vTPMs cost one save."""
+    print(
+        f"a save beside {row.few} and {row.many} registered vTPMs: {row.few_us:.0f} and {row.many_us:.0f} us, ratio"
+        f" {row.ratio:.2f} ({row.ratio_least:.2f} - {row.ratio_most:.2f}), at most {RATIO_LIMIT}: {_verdict(row.met)}"
+    )
+
+
+def print_flood(row: Flood) -> None:
+    """Print what a flood does to siblings."""
+    print(
+        f"{row.mode}: {row.siblings} siblings beside {row.floods} saves and {row.creations} creations of a flood,"
+        f" {row.saves} saves: median {row.calm_median_us:.0f} -> {row.flood_median_us:.0f} us,"
+        f" p99 {row.calm_p99_us:.0f} -> {row.flood_p99_us:.0f} us, ratio {row.ratio:.2f}"
+        f" (at most {FLOOD_RATIO_LIMIT:g}, and {P99_LIMIT_US:.0f} us): {_verdict(row.met)}"
+    )
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "NOT MET"
+
+
+Figure = Comparison | Floor | Footprint | Spent | Rate | Registered | Flood
+
+
+def save(name: str, figures: Sequence[Figure], facts: dict[str, str]) -> None:
     """Write figures as JSON."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     document = {"measured": facts, "figures": [dataclasses.asdict(row) for row in figures]}
