@@ -205,10 +205,23 @@ def open_by_hand(attacker: ESAPI, blob: SealedBlob, now: PcrSet) -> bytes:
             attacker.flush_context(handle)
 
 
+def open_by_password(attacker: ESAPI, blob: SealedBlob) -> bytes:
+    """Open the root key without its policy, by its own authorization, which is empty."""
+    srk, *_ = attacker.create_primary(TPM2B_SENSITIVE_CREATE(), parent_template())
+    sealed = attacker.load(srk, TPM2B_PRIVATE(blob.private), read_sealed_public(blob))
+    try:
+        return bytes(attacker.unseal(sealed))
+    finally:
+        for handle in (srk, sealed):
+            attacker.flush_context(handle)
+
+
 def test_tpm_itself_refuses_when_the_attacker_runs_the_policy(
     platform: PlatformTpm, blob: SealedBlob, attacker: ESAPI
 ) -> None:
     allowed = platform.pcr_set("set-up", DEFAULT_PCRS)
+    with pytest.raises(TSS2_Exception, match="authValue or authPolicy"):
+        open_by_password(attacker, blob)
     # On an allowed boot whoever reaches the TPM opens it: that is what the PCRs stand for, and what the fence is for.
     assert open_by_hand(attacker, blob, allowed) == ROOT.reveal()
     platform.extend(4, PcrBank.SHA256, b"x" * 32)
@@ -269,6 +282,11 @@ def test_signature_does_not_serve_when_kept_for_another_session_or_other_data(
         key = loaded_key(attacker)
         session = attacker.start_auth_session(ESYS_TR.NONE, ESYS_TR.NONE, TPM2_SE.POLICY, "aes128cfb", TPM2_ALG.SHA256)
         nonce, cp_hash, policy_ref, signature = seen[0]
+        # Each was for its own moment, and for exactly this write of exactly this index.
+        assert seen[0][0] != seen[1][0]
+        assert [one[1] for one in seen] == [
+            write_cp_hash(blob.anchor_index.name, written.to_bytes()) for written in (OLD, NEW)
+        ]
         own_nonce = bytes(attacker.trsess_get_nonce_tpm(session))
         for tried in (nonce, own_nonce, b""):
             with pytest.raises(TSS2_Exception):
