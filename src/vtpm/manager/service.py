@@ -276,9 +276,12 @@ class ManagerService:
                 _log.error("%s: not stopped in order: %s", name, error)
                 continue
             stopped.append(name)
-        await self.audit.append(
-            Event(datetime.now(UTC), caller.uid, "shutdown", detail=json.dumps({"stopped": stopped}))
-        )
+        shutdown = Event(datetime.now(UTC), caller.uid, "shutdown", detail=json.dumps({"stopped": stopped}))
+        try:
+            await self.audit.append(shutdown)
+        except VtpmError as error:
+            # A vault that does not open, or fails, is often why the services are to end.
+            _log.error("the shutdown is not in the audit log: %s", error)
         return ShutDown(stopped)
 
     async def end_services(self) -> None:
