@@ -119,13 +119,11 @@ class Writer:
         self._stop = threading.Event()
         self._progress = threading.Condition()
         self._thread: threading.Thread | None = None
-        tpm = self._connection
-        tpm.startup()
-        for index, size in ((COUNTER_INDEX, 8), (MARKER_INDEX, MARKER_BYTES)):
-            tpm.succeed(commands.nv_define(index, size))
-        tpm.succeed(commands.nv_write(MARKER_INDEX, self._marker))
-        tpm.succeed(commands.nv_write(COUNTER_INDEX, bytes(8)))
-        self._endorsement_key = tpm.endorsement_key()
+        try:
+            self._endorsement_key = self._begin(self._connection)
+        except BaseException:
+            self._connection.close()
+            raise
 
     def start(self) -> None:
         """Write until `stop`, or until the TPM goes."""
@@ -176,6 +174,15 @@ class Writer:
     def close(self) -> None:
         self._stop.set()
         self._connection.close()
+
+    def _begin(self, tpm: TpmConnection) -> bytes:
+        """Make the indexes; return the TPM's endorsement key."""
+        tpm.startup()
+        for index, size in ((COUNTER_INDEX, 8), (MARKER_INDEX, MARKER_BYTES)):
+            tpm.succeed(commands.nv_define(index, size))
+        tpm.succeed(commands.nv_write(MARKER_INDEX, self._marker))
+        tpm.succeed(commands.nv_write(COUNTER_INDEX, bytes(8)))
+        return tpm.endorsement_key()
 
     def _write(self) -> None:
         error: BaseException | None = None

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,15 +187,20 @@ class Trace:
 
 
 class Killer:
-    """Kills a program when it is about to take a step for the n-th time."""
+    """Kills a program when it is about to take a step for the n-th time.
 
-    def __init__(self, step: Step, number: int = 1) -> None:
+    Args:
+        grace_s: how long it lives on with that call held: an answer that was given too early arrives meanwhile.
+    """
+
+    def __init__(self, step: Step, number: int, grace_s: float) -> None:
         self.step = step
         self.killing = threading.Event()
         """Set just before the kill."""
         self.late = False
         """Whether the call was carried out all the same, before the kill."""
         self._left = number
+        self._grace_s = grace_s
         self._victim: int | None = None
 
     def begins(self, thread: int, step: Step) -> None:
@@ -205,6 +211,7 @@ class Killer:
         if self._left == 0:
             self._victim = thread
             process = _process_of(thread)
+            time.sleep(self._grace_s)
             self.killing.set()
             kill_process(process)
 
