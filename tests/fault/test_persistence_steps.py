@@ -178,7 +178,7 @@ def test_every_call_that_lasts_is_a_known_step_when_a_host_is_traced() -> None:
     assert set(steps) == {*FIRST_STEPS, *STEPS}, "durable calls and the lists above differ"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_whatever_was_answered_is_there_when_killed_at_each_kind_of_step() -> None:
     """The first steps in a row, each killed before it is taken and the next start after it; then the others."""
     left = list(FIRST_STEPS)

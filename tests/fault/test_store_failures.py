@@ -23,6 +23,7 @@ from tests.fault.writer import TpmGone, Writer, closing, data_socket
 from tests.support.host import Host
 from vtpm.client.manager_client import ManagerClient
 from vtpm.errors import StoreError, VtpmError
+from vtpm.manager.config import MANAGER_UID_OFFSET, load_config
 from vtpm.wire.api import LifeState
 
 IMAGE_BYTES = 16 << 20
@@ -136,10 +137,14 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
         trouble: Trouble
         match request.param:
             case "full vault":
-                trouble = FullDisk(stack.enter_context(small_file_system(host.folder, "state/vault")))
+                place = stack.enter_context(small_file_system(host.folder, "state/vault"))
+                trouble = FullDisk(place)
+                place.chmod(0o700)
+                uid = load_config(host.config, {}).uid_base + MANAGER_UID_OFFSET
+                os.chown(place, uid, uid)
             case "full state":
                 trouble = FullDisk(stack.enter_context(small_file_system(host.folder, "state")))
-        # Ended before its file system goes.
+        # Ended before its file system goes, and its folder removed after that.
         stack.callback(host.end)
         host.start()
         if request.param.startswith("failing"):

@@ -43,10 +43,10 @@ class Operations:
         self._number += 1
         try:
             with self._host.client() as client:
-                self._write(client)
-                self._make_and_delete(client, f"other-{self._number}")
                 self._allow_and_drop(client, f"{_LABEL}{self._number}")
                 self._make_recovery_key(client)
+                self._make_and_delete(client, f"other-{self._number}")
+                self._write(client)
                 client.stop(VTPM)
         except (VtpmError, TpmGone):
             if not killed():
