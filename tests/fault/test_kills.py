@@ -183,7 +183,7 @@ def _run(rounds: int, writers: int) -> Tally:
         return run.tally
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_answered_writes_are_there_when_anything_is_killed_at_random() -> None:
     _run(100, writers=2)
 

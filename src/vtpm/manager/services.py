@@ -93,7 +93,7 @@ def _uid_base(config: Config) -> int:
     raise UsageError(
         f"{vault_dir} belongs to user id {found + MANAGER_UID_OFFSET}, and the manager is to run as"
         f" {wanted + MANAGER_UID_OFFSET}",
-        next_step=f"Set uid_base to {found}, or give the files to the new user ids:"
+        next_step=(f"Set uid_base to {found}, or give" if found > 0 else "Give") + " the files to the new user ids:"
         f" chown -R {wanted + MANAGER_UID_OFFSET} {vault_dir}, chown -R {wanted + KEEPER_UID_OFFSET}"
         f" {config.state_dir / 'keeper'}",
     )
