@@ -19,6 +19,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from vtpm.errors import StateError, UsageError
 from vtpm.secret import KEY_BYTES, Secret
@@ -36,6 +37,7 @@ ESCROW_BYTES = _HEADER.size + 32 + KEY_BYTES + 16
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _INFO = b"vtpm recovery escrow v1"
 _FINGERPRINT_LABEL = b"vtpm recovery public key v1"
+_OWN_CONTEXT_LABEL = b"vtpm recovery own context v1"
 _FIELD_PRIME = 2**255 - 19
 
 _SYMBOLS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -170,6 +172,10 @@ class RecoveryKey:
     def to_text(self) -> str:
         """Return the text form for paper: a heading and four rows of four groups."""
         return "\n".join(_rows(_Kind.PRIVATE, self._key.private_bytes_raw()))
+
+    def own_context(self) -> bytes:
+        """Return a context that nobody knows who has the public half alone: such an escrow its holder has made."""
+        return HKDFExpand(SHA256(), KEY_BYTES, _OWN_CONTEXT_LABEL).derive(self._key.private_bytes_raw())
 
     def open(self, escrow: bytes, purpose: str, context: bytes) -> Secret:
         """Open an escrow.

@@ -17,7 +17,7 @@ from typing import TypeVar
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from vtpm.errors import ConflictError, PlatformTpmError, StateError, VtpmError
+from vtpm.errors import PlatformTpmError, StateError, VtpmError
 from vtpm.keeper import escrow
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import NewRoot, RootKey, has_root_file, open_root_key, save_root_file, seal_again
@@ -72,7 +72,7 @@ class Custody:
             VtpmError: there is no root key yet, and none can be made.
         """
         with self._busy:
-            if not has_root_file(self._state_dir) and not self._recovery():
+            if not has_root_file(self._state_dir) and not escrow.exists(self._state_dir):
                 self._open()
                 return
             try:
@@ -111,7 +111,7 @@ class Custody:
         self._disconnect()
         tpm = self._connect()
         if not has_root_file(self._state_dir):
-            if self._recovery():
+            if escrow.exists(self._state_dir):
                 raise StateError(
                     f"the root file of {self._state_dir} is missing, although its key is in escrow",
                     next_step="Put it back from a backup, or use vtpm recover",
@@ -120,10 +120,11 @@ class Custody:
         self._take(open_root_key(self._state_dir, tpm, self._new), tpm)
 
     def _take(self, root: RootKey, tpm: PlatformTpm) -> None:
-        anchor = tpm.open_anchor(root.blob, root.secret)
+        # The fence first: whatever fails after it, the key was opened in this boot.
         if self._new.fence_pcr is not None:
             tpm.extend_fence(root.blob, root.secret, self._new.fence_pcr)
-        self._anchor, self._root = anchor, root
+        self._anchor = tpm.open_anchor(root.blob, root.secret)
+        self._root = root
 
     def _check_fence(self, tpm: PlatformTpm) -> None:
         """Refuse to seal under a fence that is closed: the key would open again and again."""
@@ -177,11 +178,14 @@ class Custody:
         with self._busy:
             return escrow.make_recovery_key(self._state_dir, self.root.secret)
 
-    def recover(self, text: str) -> None:
+    def recover(self, text: str) -> bool:
         """Open the root key by the recovery key, and seal it to the platform TPM as it is now.
 
+        Again, with the root key open, it only says what it said: whoever asked may not have heard it.
+
+        Returns:
+            Whether the anchor is still the one that was; False when it was lost with the TPM, and made anew.
         Raises:
-            ConflictError: it is open already.
             UsageError: the text is no recovery key.
             StateError: it is another one's, or nothing was escrowed.
             PlatformTpmError: the TPM refuses, or the fence is closed in this boot.
@@ -189,14 +193,16 @@ class Custody:
         """
         key = RecoveryKey.from_text(text)
         with self._busy:
-            if self._root is not None:
-                raise ConflictError("the root key is open: there is nothing to recover")
             secret = escrow.open_escrow(self._state_dir, key)
-            self._disconnect()
-            tpm = self._connect()
-            self._check_fence(tpm)
-            self._take(seal_again(self._state_dir, tpm, secret, self._new), tpm)
-            _log.warning("the root key was recovered with recovery key %s", key.public.fingerprint)
+            if self._root is None:
+                self._disconnect()
+                tpm = self._connect()
+                self._check_fence(tpm)
+                self._take(seal_again(self._state_dir, tpm, secret, self._new), tpm)
+                _log.warning("the root key was recovered with recovery key %s", key.public.fingerprint)
+            elif secret != self._root.secret:
+                raise StateError("the recovery key's escrow is of another root key than the one that is open")
+        return self.read_anchor().version > 0
 
     # -- policy -----------------------------------------------------------------------------------------------------
     def policy(self) -> tuple[PcrSets, PcrSet]:

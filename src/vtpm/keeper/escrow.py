@@ -1,7 +1,8 @@
 """The escrow file: the root key, sealed to the offline recovery key; and that key's public half. For the keeper alone.
 
 One escrow (docs/state-format.md, "Recovery key"), replaced whole when a new recovery key is made. Nothing in it is
-secret. Whoever replaces it gains nothing: a root key that the vault was not written under opens nothing.
+secret. Its context follows from the private half, which the keeper has when it makes one: whoever has the public half
+alone cannot make an escrow of a root key of his own that opens.
 
 The public half is what backups are sealed to. Whoever could replace it would read them, so it bears a MAC under the
 root key.
@@ -10,6 +11,7 @@ root key.
 from __future__ import annotations
 
 import hmac
+import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -36,11 +38,16 @@ def make_recovery_key(state_dir: Path, root: Secret) -> RecoveryKey:
         StoreError: the escrow is not durable; the earlier one may count still.
     """
     key = RecoveryKey.generate()
-    replace_file(state_dir / ESCROW_FILE, _WHAT, key.public.seal(root, PURPOSE, b""))
+    replace_file(state_dir / ESCROW_FILE, _WHAT, key.public.seal(root, PURPOSE, key.own_context()))
     # Second: after a crash between them it is not the escrow's key, and so is not taken for one that somebody has.
     raw = key.public.raw
     replace_file(state_dir / PUBLIC_FILE, _PUBLIC_WHAT, raw + _mac(root, raw))
     return key
+
+
+def exists(state_dir: Path) -> bool:
+    """Whether there is an escrow, whatever state it is in: then there was a root key here."""
+    return os.path.lexists(state_dir / ESCROW_FILE)
 
 
 def public_key(state_dir: Path, root: Secret) -> RecoveryPublicKey | None:
@@ -75,7 +82,7 @@ def open_escrow(state_dir: Path, key: RecoveryKey) -> Secret:
             "no recovery key was ever made for this host, so none opens its root key",
             next_step="Put the platform back as it was when the root key was sealed",
         )
-    return key.open(escrow, PURPOSE, b"")
+    return key.open(escrow, PURPOSE, key.own_context())
 
 
 def fingerprint(state_dir: Path) -> str:

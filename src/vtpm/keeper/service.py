@@ -29,6 +29,7 @@ from vtpm.wire.keeper import (
     PolicyLabel,
     PolicySet,
     PolicyState,
+    Recovered,
     RecoveryText,
     UnwrapKeyArgs,
 )
@@ -139,9 +140,8 @@ class KeeperService:
         key = self._custody.recovery_public_key()
         return RecoveryText(key.to_text() if key else "")
 
-    def _recover(self, args: RecoveryText, _peer: Peer) -> NoArgs:
-        self._custody.recover(args.text)
-        return NoArgs()
+    def _recover(self, args: RecoveryText, _peer: Peer) -> Recovered:
+        return Recovered(self._custody.recover(args.text))
 
     # -- status -----------------------------------------------------------------------------------------------------
     async def _status(self) -> KeeperStatus:

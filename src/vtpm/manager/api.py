@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Body, Depends, FastAPI, Query, Request, Response
@@ -41,6 +42,8 @@ MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
 IMPORT_PATHS = ("/v1/import", "/v1/import/swtpm")
 MAX_EVENTS = 1000
 MAX_WAIT_S = 30.0
+MAX_UNDER_WAY = 4
+"""Requests of one ordinary user."""
 
 
 def _caller(request: Request) -> Caller:
@@ -51,6 +54,16 @@ def _caller(request: Request) -> Caller:
 
 
 By = Annotated[Caller, Depends(_caller)]
+
+
+async def _in_turn(request: Request, who: By) -> AsyncIterator[None]:
+    """Let few requests of an ordinary user be under way at once: guests' saves wait in the same queue of the store."""
+    if who.is_admin:
+        yield
+        return
+    slots: dict[int, asyncio.Semaphore] = request.app.state.slots
+    async with slots.setdefault(who.uid, asyncio.Semaphore(MAX_UNDER_WAY)):
+        yield
 
 
 def make_app(
@@ -72,6 +85,7 @@ def make_app(
     app = FastAPI(title="vtpm-managerd", version="1", docs_url=None, redoc_url=None)
 
     app.state.caller_of = caller_of
+    app.state.slots = {}
 
     @app.middleware("http")
     async def bounded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -108,7 +122,7 @@ def make_app(
         )
 
     # What needs the vault waits for it here, or hears why it is not open.
-    vault = [Depends(service.door.opened)]
+    vault = [Depends(_in_turn), Depends(service.door.opened)]
 
     # Names are matched as paths: a client's "../x" must be refused as a name, not as an unknown route.
 

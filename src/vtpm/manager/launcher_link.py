@@ -62,7 +62,10 @@ class LauncherLink:
                 except VtpmError:
                     await asyncio.sleep(RECONNECT_S)
             if not self._closing:
-                await self._on_back()
+                try:
+                    await self._on_back()
+                except VtpmError as error:
+                    _log.error("what runs was not taken up: %s", error)
 
     async def call(self, op: str, args: object, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Any, tuple[int, ...]]:
         """Have the launcher do something; returns its answer and the descriptors that came with it.

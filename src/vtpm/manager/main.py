@@ -30,6 +30,8 @@ from vtpm.wire.keeper import KeeperClient
 from vtpm.wire.packet_socket import ServiceLock
 from vtpm.wire.unix_socket import bind_unix_socket
 
+PLATFORM_TIMEOUT_S = 60.0
+"""Of what an administrator asks of the keeper: sealing anew takes a hardware TPM many commands."""
 _log = logging.getLogger("vtpm.manager")
 
 

@@ -30,7 +30,7 @@ class PlatformService:
         self,
         keeper: KeeperClient,
         note: Callable[[Event], Awaitable[None]],
-        accept: Callable[[Event], Awaitable[None]],
+        accept: Callable[[Event | None], Awaitable[None]],
     ) -> None:
         self._keeper = keeper
         self._note = note
@@ -58,17 +58,18 @@ class PlatformService:
     async def new_recovery_key(self, caller: Caller) -> NewRecoveryKey:
         """Make a recovery key in place of an earlier one."""
         caller.require_admin("make a recovery key")
+        # Before it is made: what fails after that loses a key that nobody has seen, and the one before it too.
+        await self._note(_event(caller, "recovery_key_made"))
         text = await asyncio.to_thread(self._keeper.new_recovery_key)
         public = RecoveryKey.from_text(text).public
-        await self._note(_event(caller, "recovery_key_made", fingerprint=public.fingerprint))
         return NewRecoveryKey(text, public.to_text(), public.fingerprint)
 
     async def recover(self, given: RecoveryKeyText, caller: Caller) -> None:
         """Open the vault by the recovery key, on the platform as it is now."""
         caller.require_admin("recover the vault")
-        await asyncio.to_thread(self._keeper.recover, given.recovery_key)
-        # Noted by the store itself if the anchor went with the TPM, and the store is taken for the newest.
-        await self._accept(_event(caller, "store_accepted"))
+        anchor_kept = await asyncio.to_thread(self._keeper.recover, given.recovery_key)
+        # Only if the anchor went with the TPM is the store taken for the newest, and notes that itself.
+        await self._accept(None if anchor_kept else _event(caller, "store_accepted"))
         await self._note(_event(caller, "recovered"))
 
 

@@ -61,6 +61,9 @@ class KeeperAnchor:
         """See AnchorKeeper."""
         try:
             self._keeper.write_anchor(AnchorState(value.version, value.digest))
+        except StateError as error:
+            # The keeper's root key is locked: that may pass, and says nothing of the anchor.
+            raise UnavailableError(error.message, next_step=error.next_step) from error
         except ConflictError as error:
             there = self.read()
             if there != value:
@@ -112,11 +115,12 @@ class VaultDoor:
         self._trouble: VtpmError = UnavailableError("the vault is not open yet")
         self._tried_at = 0.0
         self._opening = asyncio.Lock()
+        self._taken_up = False
 
     @property
     def is_open(self) -> bool:
-        """Whether it is open."""
-        return self._storage is not None
+        """Whether it is open, and what runs was taken up."""
+        return self._taken_up
 
     @property
     def vault(self) -> Vault:
@@ -136,15 +140,17 @@ class VaultDoor:
             VtpmError: it does not open; from now on that is why.
         """
         async with self._opening:
-            if self._storage is not None:
+            if self._taken_up:
                 return
             self._tried_at = asyncio.get_running_loop().time()
             try:
-                self._storage = await asyncio.to_thread(self._open_storage, accepting)
+                if self._storage is None:
+                    self._storage = await asyncio.to_thread(self._open_storage, accepting)
+                await self._take_up()
             except VtpmError as error:
                 self._trouble = error
                 raise
-            await self._take_up()
+            self._taken_up = True
 
     async def opened(self) -> None:
         """Return once it is open and taken up; one that did not open is tried again, now and then.
@@ -152,11 +158,12 @@ class VaultDoor:
         Raises:
             VtpmError: why it is not open.
         """
-        if self._storage is None and asyncio.get_running_loop().time() - self._tried_at >= REOPEN_S:
+        if not self._taken_up and asyncio.get_running_loop().time() - self._tried_at >= REOPEN_S:
             # The keeper may have the root key by now, or the store may have been put right.
             await self.open()
         async with self._opening:
-            self._opened()
+            if not self._taken_up:
+                raise self._trouble
 
     async def run(self, operation: Callable[[Store], T]) -> T:
         """Have the store do something. Raises VtpmError: as the operation does, or why the vault is not open."""

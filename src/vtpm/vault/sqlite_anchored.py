@@ -159,7 +159,8 @@ class AnchoredDatabase:
         """Open and verify everything; see SqliteStore."""
 
         def first() -> bytes:
-            if anchor != NOTHING_ANCHORED:
+            # An operator accepts a store that is there; one that is gone is no store to accept.
+            if anchor != NOTHING_ANCHORED or accepting is not None:
                 raise missing(str(self.path), anchor)
             return first_record(self._mac_key).encode(self._mac_key)
 

@@ -126,6 +126,13 @@ class RecoveryText:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """Whether the anchor is still the one that was; if not, the store's freshness rests on the operator's word."""
+
+    anchor_kept: bool
+
+
+@dataclass(frozen=True)
 class NewKeyArgs:
     """Whose key to make."""
 
@@ -178,7 +185,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "policy_drop": Operation(args=PolicyLabel, result=PolicyState),
     "new_recovery_key": Operation(args=NoArgs, result=RecoveryText),
     "recovery_public_key": Operation(args=NoArgs, result=RecoveryText),
-    "recover": Operation(args=RecoveryText, result=NoArgs),
+    "recover": Operation(args=RecoveryText, result=Recovered),
     "end": Operation(args=NoArgs, result=NoArgs),
 }
 EVENTS: Mapping[str, type] = {}
@@ -293,15 +300,17 @@ class KeeperClient:
         kept: RecoveryText = self._call("recovery_public_key", NoArgs())
         return kept.text
 
-    def recover(self, recovery_key: str) -> None:
-        """Open the root key by the recovery key, and seal it to the platform TPM as it is now.
+    def recover(self, recovery_key: str) -> bool:
+        """Open the root key by the recovery key, and seal it to the platform TPM as it is now; again is harmless.
 
+        Returns:
+            Whether the anchor is still the one that was.
         Raises:
-            ConflictError: the root key is open.
             StateError: there is no escrow, or it is another key's.
             PlatformTpmError: the TPM refuses to seal.
         """
-        self._call("recover", RecoveryText(recovery_key))
+        recovered: Recovered = self._call("recover", RecoveryText(recovery_key))
+        return recovered.anchor_kept
 
     def end(self) -> None:
         """Have the keeper end, and its embedded TPM if it has one.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
@@ -12,9 +14,12 @@ import pytest
 from tests.integration.keeper.conftest import Connect
 from tests.support.processes import KeeperProcess, killed_at
 from tests.support.swtpm import SwtpmPlatform
-from vtpm.errors import ConflictError, PlatformTpmError, StateError, UsageError, VtpmError
+from vtpm.errors import PlatformTpmError, StateError, UsageError, VtpmError
 from vtpm.keeper.root_key import ROOT_FILE
+from vtpm.platform_tpm.pcrs import PcrSelection
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
+from vtpm.secret import Secret
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.keeper import AnchorState, KeeperClient, NewKey
 
@@ -84,6 +89,7 @@ def test_key_opens_and_the_root_file_before_is_kept_when_the_tpm_was_lost(
         client.recover(known.recovery_key)
         known.check(client)
         # The anchor went with the TPM: the store's freshness rests on the operator's word.
+        assert not client.recover(known.recovery_key)
         assert client.read_anchor().version == 0
         (evidence,) = keeper.state_dir.glob(f"{ROOT_FILE}.before-*")
         assert evidence.read_bytes() == before
@@ -123,9 +129,55 @@ def test_nothing_changes_when_the_recovery_key_is_another_or_damaged(
     assert client.status().locked
     assert {path.name: path.read_bytes() for path in keeper.state_dir.iterdir() if path.suffix != ".lock"} == before
     assert known.recovery_key.splitlines()[1] not in keeper.log
-    client.recover(known.recovery_key)
-    with pytest.raises(ConflictError, match="nothing to recover"):
+    # Whoever asked and heard no answer may ask again.
+    assert client.recover(known.recovery_key)
+    assert client.recover(known.recovery_key)
+    with pytest.raises(StateError, match="is sealed to recovery key"):
+        client.recover(RecoveryKey.generate().to_text())
+
+
+def test_root_key_of_another_is_refused_when_an_escrow_was_made_with_the_public_half(
+    keeper: KeeperProcess, connect: Connect, known: Known
+) -> None:
+    public = RecoveryKey.from_text(known.recovery_key).public
+    before = keeper.root_file.read_bytes()
+    keeper.root_file.write_bytes(before[:-2])
+    for context in (b"", bytes(32)):
+        (keeper.state_dir / "root.escrow").write_bytes(public.seal(Secret(bytes(range(32))), "root key", context))
+        client = connect(keeper.start())
+        assert client.status().locked
+        with pytest.raises(StateError, match="was not sealed for this"):
+            client.recover(known.recovery_key)
+        assert client.status().locked
+        keeper.terminate()
+
+
+def test_no_root_key_is_made_when_the_root_file_is_lost_and_the_escrow_is_damaged(
+    keeper: KeeperProcess, connect: Connect, known: Known
+) -> None:
+    keeper.root_file.unlink()
+    escrow = keeper.state_dir / "root.escrow"
+    escrow.write_bytes(escrow.read_bytes()[:-1])
+    client = connect(keeper.start())
+    assert "is missing, although its key is in escrow" in client.status().locked
+    assert not keeper.root_file.exists()
+    with pytest.raises(StateError, match="damaged"):
         client.recover(known.recovery_key)
+
+
+def test_fence_is_closed_when_the_anchor_index_was_undefined(
+    directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect
+) -> None:
+    keeper = keepers(KeeperProcess(directory, swtpm.tcti, "--pcrs", "sha256:0,7,12", "--fence-pcr", "12"))
+    keeper.start().terminate()
+    handle = json.loads(keeper.root_file.read_bytes())["anchor_index"]["handle"]
+    subprocess.run(["tpm2_nvundefine", "-T", swtpm.tcti, hex(handle)], check=True, timeout=20, capture_output=True)
+    swtpm.reboot()
+    assert "anchor" in connect(keeper.start()).status().locked
+    keeper.terminate()
+    with PlatformTpm(swtpm.tcti) as tpm:
+        # It was unsealed in this boot, so nobody may unseal it again.
+        assert any(tpm.pcr_values(PcrSelection.parse("sha256:12"))[12])
 
 
 def test_an_older_recovery_key_opens_nothing_when_a_new_one_was_made(

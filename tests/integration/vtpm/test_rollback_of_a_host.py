@@ -129,6 +129,35 @@ def test_vtpms_are_refused_and_work_again_when_pcrs_changed_and_the_key_was_reco
         client.start("web")
 
 
+def test_older_store_is_refused_also_by_a_recovery_when_the_anchor_is_still_there(
+    platform: SwtpmPlatform, tmp_path: Path
+) -> None:
+    with Host(platform.tcti, settings=EACH_COMMIT) as host, host.client() as client, ExitStack() as stack:
+        writer = _started(client)
+        stack.enter_context(closing([writer]))
+        key = host.folder / "key"
+        key.write_text(host.cli("recovery-key").stdout)
+        client.stop("web")
+        host.shut_down()
+        vault, older = host.state_dir / "vault", tmp_path / "older"
+        _copy(vault, older)
+        host.start()
+        client.start("web")
+        writer.reconnect()
+        _write(writer, 3)
+        client.stop("web")
+        host.shut_down()
+        shutil.rmtree(vault)
+        _copy(older, vault)
+        platform.reboot("other firmware")
+        host.start()
+        done = host.cli("recover", "--key-file", str(key), "--yes", check=False)
+        assert done.returncode == StateError.exit_status
+        assert "older" in done.stderr
+        with pytest.raises(StateError, match="older"):
+            client.list()
+
+
 def test_store_is_taken_on_the_operators_word_when_the_platform_tpm_was_lost(platform: SwtpmPlatform) -> None:
     with Host(platform.tcti, settings=EACH_COMMIT) as host, host.client() as client, ExitStack() as stack:
         writer = _started(client)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 
 import pytest
 
-from vtpm.errors import ConflictError, StateError
-from vtpm.manager.storage import KeeperAnchor
+from vtpm.errors import ConflictError, StateError, UnavailableError
+from vtpm.manager.storage import KeeperAnchor, Storage, VaultDoor
 from vtpm.vault.root_record import AnchorValue
 from vtpm.wire.keeper import AnchorState, KeeperClient
 
@@ -43,3 +44,50 @@ def test_write_is_refused_for_good_when_another_value_is_anchored(there: AnchorV
 
 def test_write_succeeds_when_its_value_is_there_because_an_answer_was_lost() -> None:
     _write(MINE)
+
+
+class LockedKeeper(RefusingKeeper):
+    """A keeper that was started again and has no root key yet."""
+
+    def write_anchor(self, anchor: AnchorState) -> None:
+        raise StateError("the root file is missing")
+
+
+def test_write_may_go_through_later_when_the_keeper_is_locked() -> None:
+    # Were it the anchor's refusal, the committer would never write again.
+    with pytest.raises(UnavailableError, match="the root file is missing"):
+        KeeperAnchor(cast(KeeperClient, LockedKeeper(MINE))).write(MINE)
+
+
+class Opened:
+    """Stands where an open vault would."""
+
+    def close(self) -> None:
+        pass
+
+
+def test_vault_is_taken_up_again_when_taking_up_failed() -> None:
+    opened, taken_up = [], []
+
+    def open_storage(_: object) -> Storage:
+        opened.append(True)
+        return cast(Storage, Opened())
+
+    async def take_up() -> None:
+        taken_up.append(True)
+        if len(taken_up) == 1:
+            raise UnavailableError("the launcher does not answer")
+
+    async def test() -> None:
+        door = VaultDoor(open_storage, take_up)
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="launcher"):
+                await (door.open() if not taken_up else door.opened())
+            assert not door.is_open
+        await door.open()
+        assert door.is_open
+        await door.opened()
+        await door.open()
+
+    asyncio.run(test())
+    assert (len(opened), len(taken_up)) == (1, 2)
