@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -62,6 +63,19 @@ def made(committer: Committer, *names: str) -> list[Bound]:
 
 def version_of(committer: Committer) -> int:
     return committer.run(lambda store: store.value.version).result(LIMIT_S)
+
+
+def waits_for_its_anchor(keeper: MemoryKeeper, ask: Callable[[], Future[Any]]) -> bool:
+    """Tell whether an answer comes after its anchor, whose writing must begin at once."""
+    attempts = keeper.attempts
+    keeper.hang()
+    answer = ask()
+    # What may be answered before is answered before the writing begins.
+    keeper.await_attempts(attempts + 1)
+    waits = not answer.done()
+    keeper.go_on()
+    answer.result(LIMIT_S)
+    return waits
 
 
 # Each commit
@@ -259,7 +273,9 @@ def test_change_of_the_right_to_run_is_anchored_at_once_when_in_interval_mode(
     committer.submit(bound.save(b"volatile", kind=StateKind.VOLATILE)).result(LIMIT_S)
     unanchored = keeper.value.version
     assert version_of(committer) > unanchored
-    committer.run(lambda store: operation(store, bound)).result(LIMIT_S)
+    assert waits_for_its_anchor(
+        keeper, lambda: committer.run(lambda store: operation(store, bound), patience_s=LIMIT_S)
+    )
     assert keeper.value.version == version_of(committer) > unanchored
 
 
@@ -277,7 +293,8 @@ def test_use_of_a_permit_is_anchored_at_once_when_in_interval_mode(start: Start,
     committer = start(HOUR_S)
     (bound,) = committer.run(lambda store: [bind(store)]).result(LIMIT_S)
     assert keeper.value.version == version_of(committer)
-    committer.submit(bound.save(permit=bound.permit)).result(LIMIT_S)
+    first = bound.save(permit=bound.permit)
+    assert waits_for_its_anchor(keeper, lambda: committer.submit(first, patience_s=LIMIT_S))
     assert keeper.value.version == version_of(committer)
 
 
