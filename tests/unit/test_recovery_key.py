@@ -328,3 +328,12 @@ def test_context_is_bounded() -> None:
 def test_public_key_has_the_bytes_that_it_was_made_from() -> None:
     public = RecoveryKey.generate().public
     assert RecoveryPublicKey(public.raw) == public
+
+
+def test_own_context_is_the_private_halfs_and_no_others() -> None:
+    key, other = RecoveryKey.generate(), RecoveryKey.generate()
+    assert key.own_context() == RecoveryKey.from_text(key.to_text()).own_context()
+    assert key.own_context() != other.own_context()
+    assert key.own_context() not in (key.public.raw, bytes(32))
+    with pytest.raises(StateError, match="was not sealed for this"):
+        key.open(key.public.seal(Secret(bytes(32)), "root key", b""), "root key", key.own_context())
