@@ -159,9 +159,6 @@ class Custody:
     # -- recovery ---------------------------------------------------------------------------------------------------
     def recovery(self) -> str:
         """Return the fingerprint of the recovery key, empty when none was made or the escrow is damaged."""
-        return self._recovery()
-
-    def _recovery(self) -> str:
         try:
             return escrow.fingerprint(self._state_dir)
         except StateError as error:
