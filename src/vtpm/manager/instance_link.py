@@ -11,10 +11,12 @@ import itertools
 import logging
 import secrets
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
@@ -117,6 +119,8 @@ class InstanceLink:
         self._saves = SaveReceiver()
         self._saving: Future[SaveAck] | None = None
         self._loading: asyncio.Task[None] | None = None
+        # Guards `_out`, the socket's end and writes to it: answers to saves are sent from the store's thread.
+        self._sending = threading.Lock()
         self._out: deque[memoryview] = deque()
         self._out_bytes = 0
         self._seq = itertools.count(1)
@@ -160,12 +164,13 @@ class InstanceLink:
 
     def close(self) -> None:
         """Let go of the link. Saves under way go on in the vault, and are not answered."""
-        if self.closed:
-            return
-        self.closed = True
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
-        self._sock.close()
+        with self._sending:
+            if self.closed:
+                return
+            self.closed = True
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._sock.close()
         if self._loading is not None:
             self._loading.cancel()
         gone = UnavailableError(f"the instance of {self.name} is gone")
@@ -219,34 +224,49 @@ class InstanceLink:
                 self._complain(error.message)
 
     def _send(self, message: ToInstance) -> None:
-        if self.closed:
-            return
+        if not self._put(message):
+            self._see_to_rest()
+
+    def _put(self, message: ToInstance) -> bool:
+        """Queue a message and send what the socket takes; False when something is left to see to. From any thread."""
         frame = encode_frame(encode_message(message))
-        self._out_bytes += len(frame)
+        with self._sending:
+            if self.closed:
+                return True
+            self._out_bytes += len(frame)
+            self._out.append(memoryview(frame))
+            if len(self._out) == 1:
+                self._send_waiting()
+            return not self._out
+
+    def _see_to_rest(self) -> None:
         if self._out_bytes > _MAX_OUT_BYTES:
             self._complain("it asks for more than it reads; the link is closed")
             self.close()
-            return
-        self._out.append(memoryview(frame))
-        if len(self._out) == 1:
-            self._on_writable()
+        elif self._out and not self.closed:
+            self._loop.add_writer(self._sock, self._on_writable)
 
     def _on_writable(self) -> None:
+        with self._sending:
+            self._send_waiting()
+            if not self._out:
+                self._loop.remove_writer(self._sock)
+
+    def _send_waiting(self) -> None:
         while self._out:
             try:
                 sent = self._sock.send(self._out[0])
             except BlockingIOError:
-                self._loop.add_writer(self._sock, self._on_writable)
                 return
             except OSError:
                 self._out.clear()
-                break
+                self._out_bytes = 0
+                return
             self._out_bytes -= sent
             if sent < len(self._out[0]):
                 self._out[0] = self._out[0][sent:]
             else:
                 self._out.popleft()
-        self._loop.remove_writer(self._sock)
 
     def _pace(self) -> None:
         """Leave a link alone for a while that sends without end: its siblings share this loop."""
@@ -332,14 +352,15 @@ class InstanceLink:
         except VtpmError as error:
             self._refuse_save(save.seq, error)
             return
-        self._saving.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._saved, save.seq, done))
+        self._saving.add_done_callback(partial(self._saved, save.seq))
 
     def _saved(self, seq: int, done: Future[SaveAck]) -> None:
+        """Answer a save. In the store's thread: what it has made durable need not wait until this loop is woken."""
         error = done.exception()
-        if error is None:
-            self._send(Saved(seq))
-        else:
-            self._refuse_save(seq, error)
+        if error is not None:
+            self._loop.call_soon_threadsafe(self._refuse_save, seq, error)
+        elif not self._put(Saved(seq)):
+            self._loop.call_soon_threadsafe(self._see_to_rest)
 
     def _refuse_save(self, seq: int, error: BaseException) -> None:
         known = error if isinstance(error, VtpmError) else StoreError(f"the vault failed: {type(error).__name__}")
