@@ -1,18 +1,22 @@
 """The instance's end of the manager link: asks for state, has state kept, and hears what the manager wants.
 
-The TPM thread calls `load` and `save`, which send and wait, bounded; the main thread moves all other bytes. After a
-manager's restart the new one says Hello on the same descriptor; what is open is then asked again, with the same
-sequence number, which is harmless (the vault knows the last save it committed).
+The TPM thread calls `load` and `save`, which send and wait, bounded. While it waits it reads the link itself, for each
+thread that an answer passes through makes a save slower; the main thread moves all other bytes, and is given what was
+not for the TPM thread. After a manager's restart the new one says Hello on the same descriptor; what is open is then
+asked again, with the same sequence number, which is harmless (the vault knows the last save it committed).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
 from vtpm.instance.outbox import Outbox
@@ -58,7 +62,7 @@ class _Open:
     messages: tuple[ToManager, ...] = field(repr=False)
     state: StateReceiver | None
     """For a Load."""
-    answered: threading.Event = field(default_factory=threading.Event)
+    answered: bool = False
     result: Mapping[StateKind, bytes] | Permit | None = field(default=None, repr=False)
     error: VtpmError | None = None
     retry: Retry = Retry.FINAL
@@ -70,7 +74,7 @@ class ManagerChannel:
     Args:
         sock: the link; made non-blocking.
         on_request: called in the main thread with Hello, PowerOn, Shutdown and AskLockout.
-        wake: makes the main thread call `want_write` again.
+        post: has something run in the main thread.
         complain: takes a line for the log.
     """
 
@@ -78,19 +82,31 @@ class ManagerChannel:
         self,
         sock: socket.socket,
         on_request: Callable[[Hello | PowerOn | Shutdown | AskLockout], None],
-        wake: Callable[[], None],
+        post: Callable[[Callable[[], None]], None],
         complain: Callable[[str], None],
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._on_request = on_request
-        self._wake = wake
+        self._post = post
         self._complain = complain
         self._deframer = Deframer(MAX_BODY_BYTES)
+        self._reading = threading.Lock()
+        """Held from taking bytes of the link to the end of what they say, so that messages keep their order."""
         self._lock = threading.Lock()
+        """Guards all below."""
         self._out = Outbox()
         self._open: _Open | None = None
         self._last_seq = 0
+        # What the main thread waits for lies in an epoll object of its own, which either thread may change.
+        self._watched = select.epoll()
+        self._events = select.EPOLLIN
+        self._watched.register(sock, self._events)
+        # The main thread may have begun to read when the TPM thread begins to wait, and so come upon the answer.
+        self._answered = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._own_poll = select.poll()
+        self._own_poll.register(sock, select.POLLIN)
+        self._own_poll.register(self._answered, select.POLLIN)
 
     # -- TPM thread -------------------------------------------------------------------------------------------------
     def load(self) -> Mapping[StateKind, bytes] | Permit:
@@ -139,22 +155,30 @@ class ManagerChannel:
             # From this thread, for a save waits for it; what the socket does not take is the main thread's to send.
             with contextlib.suppress(OSError):
                 self._send()
-            unsent = bool(self._out)
-        if unsent:
-            self._wake()
-        answered = question.answered.wait(max(0.0, deadline_s - time.monotonic()))
+            self._watch()
+        self._await_answer(question, deadline_s)
         with self._lock:
             self._open = None
             self._out.give_up(question.messages)
-        if not answered:
+            self._watch()
+        if not question.answered:
             raise UnavailableError(f"the manager did not answer {what} in time")
+
+    def _await_answer(self, question: _Open, deadline_s: float) -> None:
+        while not question.answered:
+            ready = self._own_poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._answered)
+            # A link that has ended is the main thread's to see, and ends the process.
+            if not ready or not (question.answered or self._take()):
+                return
 
     # -- any thread -------------------------------------------------------------------------------------------------
     def tell(self, message: ToManager) -> None:
         """Send a message that has no answer, or is one. A manager that does not read misses some: see Outbox."""
         with self._lock:
             self._out.put(message)
-        self._wake()
+            self._watch()
 
     @property
     def last_seq(self) -> int:
@@ -163,35 +187,24 @@ class ManagerChannel:
 
     # -- main thread ------------------------------------------------------------------------------------------------
     def fileno(self) -> int:
-        """Descriptor to wait on."""
-        return self._sock.fileno()
+        """Descriptor to wait on, until it is readable."""
+        return self._watched.fileno()
 
-    @property
-    def want_write(self) -> bool:
-        """Whether bytes wait to be sent."""
-        return bool(self._out)
-
-    def on_writable(self) -> None:
-        """Send what the socket takes. Raises OSError: the link is gone."""
-        with self._lock:
-            self._send()
-
-    def on_readable(self) -> bool:
-        """Take what has come. Returns False when the link has ended. Raises OSError: the link is gone."""
-        try:
-            data = self._sock.recv(_RECEIVE_BYTES)
-        except BlockingIOError:
-            return True
-        if not data:
+    def on_ready(self) -> bool:
+        """Send what the socket takes, and take what has come. Returns False when the link has ended."""
+        events = sum(mask for _, mask in self._watched.poll(0))
+        if events & select.EPOLLOUT and not self.flush():
             return False
-        for body in self._deframer.feed(data):
-            if isinstance(body, BadFrame):
-                self._complain(f"manager link: a frame was skipped: {body.damage.value}")
-                continue
+        return not events & ~select.EPOLLOUT or self._take()
+
+    def flush(self) -> bool:
+        """Send what the socket takes. Returns False when the link has ended."""
+        with self._lock:
             try:
-                self._receive(body)
-            except ProtocolError as error:
-                self._complain(f"manager link: {error}")
+                self._send()
+            except OSError:
+                return False
+            self._watch()
         return True
 
     def repeat(self) -> None:
@@ -203,12 +216,40 @@ class ManagerChannel:
             if question.state is not None:
                 question.state = StateReceiver(question.seq)
             self._out.ask(question.messages)
-        self._wake()
+            self._watch()
 
     def forget_unsent(self) -> None:
         """Drop what was queued for a manager that is gone, from the next frame on."""
         with self._lock:
             self._out.clear()
+            self._watch()
+
+    # -- either -----------------------------------------------------------------------------------------------------
+    def _watch(self) -> None:
+        """Have the main thread woken for what it is to do: never for an answer that the TPM thread waits for."""
+        events = (0 if self._open is not None else select.EPOLLIN) | (select.EPOLLOUT if self._out else 0)
+        if events != self._events:
+            self._events = events
+            self._watched.modify(self._sock, events)
+
+    def _take(self) -> bool:
+        """Take what has come and act on it. Returns False when the link has ended."""
+        with self._reading:
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            for body in self._deframer.feed(data):
+                if isinstance(body, BadFrame):
+                    self._complain(f"manager link: a frame was skipped: {body.damage.value}")
+                    continue
+                try:
+                    self._receive(body)
+                except ProtocolError as error:
+                    self._complain(f"manager link: {error}")
+        return bool(data)
 
     def _send(self) -> None:
         while self._out:
@@ -221,7 +262,8 @@ class ManagerChannel:
     def _receive(self, body: bytes) -> None:
         message = decode_message(body, Direction.TO_INSTANCE)
         if isinstance(message, Hello | PowerOn | Shutdown | AskLockout):
-            self._on_request(message)
+            # From either thread, so that they keep their order.
+            self._post(partial(self._on_request, message))
             return
         with self._lock:
             question = self._open
@@ -244,4 +286,5 @@ class ManagerChannel:
                 question.error = StoreError(f"{message.code}: {message.message}")
             elif not (isinstance(message, Saved) and not is_load):
                 raise ProtocolError(f"a {type(message).__name__} does not answer question {seq}")
-        question.answered.set()
+            question.answered = True
+        os.eventfd_write(self._answered, 1)

@@ -79,7 +79,7 @@ class InstanceServer:
         self._control_journal = Journal(InstanceFd.CONTROL_JOURNAL)
         self._data_journal = Journal(InstanceFd.DATA_JOURNAL)
         self._channel = ManagerChannel(
-            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self._poke, Complaints(self.complain).add
+            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self.post, Complaints(self.complain).add
         )
         failed = args.role is Role.SUCCESSOR and self._control_journal.power is JournaledPower.ON
         self._worker = Worker(
@@ -125,15 +125,12 @@ class InstanceServer:
             ready = self._selector.select(None if partial_control is None else PARTIAL_RETRY_S)
             if partial_control is not None:
                 partial_control.look_for_rest()
-            for key, events in ready:
-                if key.fileobj is self._channel and events & selectors.EVENT_WRITE:
-                    self._write_channel()
-                if events & selectors.EVENT_READ:
-                    key.data()
+            for key, _ in ready:
+                key.data()
                 if self._ending is not None:
                     break
-            self._selector.modify(self._channel, self._channel_events(), self._on_channel)
-        self._flush_channel()
+        # What is left are the last words to the manager; a manager that does not read does not hear them.
+        self._channel.flush()
         return self._ending.value
 
     # -- taking a guest over ----------------------------------------------------------------------------------------
@@ -153,24 +150,8 @@ class InstanceServer:
 
     # -- manager link -----------------------------------------------------------------------------------------------
     def _on_channel(self) -> None:
-        try:
-            alive = self._channel.on_readable()
-        except OSError:
-            alive = False
-        if not alive:
+        if not self._channel.on_ready():
             self._end(Ending.ABANDONED, "the manager link ended")
-
-    def _write_channel(self) -> None:
-        with contextlib.suppress(OSError):
-            self._channel.on_writable()
-
-    def _channel_events(self) -> int:
-        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._channel.want_write else 0)
-
-    def _flush_channel(self) -> None:
-        # What is left are the last words to the manager; a manager that does not read does not hear them.
-        with contextlib.suppress(OSError):
-            self._channel.on_writable()
 
     def _on_manager(self, message: Hello | PowerOn | Shutdown | AskLockout) -> None:
         if isinstance(message, Hello):
