@@ -269,7 +269,7 @@ class Committer:
             must = self._anchoring.must(prompt_since=0 if SaveEffect.REPLAYED in effects else prompt)
             for save, outcome in zip(group, outcomes, strict=True):
                 if isinstance(outcome, SaveAck):
-                    self._done.append(_Done(save, outcome, self._store.value.version, must, save.deadline))
+                    self._wait_for_anchor(_Done(save, outcome, self._store.value.version, must, save.deadline))
                 else:
                     self._fail(save, outcome)
 
@@ -289,22 +289,27 @@ class Committer:
             else:
                 must = self._anchoring.must(prompt_since=0)
                 deadline = time.monotonic() + call.patience_s
-                self._done.append(_Done(call, result, self._store.value.version, must, deadline))
+                self._wait_for_anchor(_Done(call, result, self._store.value.version, must, deadline))
+
+    def _wait_for_anchor(self, done: _Done) -> None:
+        with self._changed:
+            self._done.append(done)
 
     def _acknowledge(self) -> None:
         """Answer what counts by now, and fail what has waited long enough."""
         now = time.monotonic()
         self._anchoring.changed(now)
-        waiting = []
-        for done in self._done:
-            item = done.item
-            if self._anchoring.counts(done.version, done.must, now):
-                self._finish(item, done.result)
-            elif self._anchoring.refusal is not None or done.deadline <= now:
-                self._fail(item, self._not_anchored())
-            else:
-                waiting.append(done)
-        self._done = waiting
+        for done in self._take_done(lambda done: self._anchoring.counts(done.version, done.must, now)):
+            self._finish(done.item, done.result)
+        for done in self._take_done(lambda done: self._anchoring.refusal is not None or done.deadline <= now):
+            self._fail(done.item, self._not_anchored())
+
+    def _take_done(self, which: Callable[[_Done], bool]) -> list[_Done]:
+        """Take out of what waits for the anchor that which need not wait any longer; whoever takes it answers it."""
+        with self._changed:
+            taken = [done for done in self._done if which(done)]
+            self._done = [done for done in self._done if done not in taken] if taken else self._done
+        return taken
 
     def _anchor_at(self) -> float | None:
         """Return when the next write to the platform TPM begins if nothing comes, or None for never."""
@@ -326,12 +331,16 @@ class Committer:
 
     def _write_anchors(self) -> None:
         """Write to the platform TPM, in a thread of its own, and hand over what became of each write."""
-        while (value := self._to_anchor.get()) is not None:
+        while (anchored := self._to_anchor.get()) is not None:
             error: BaseException | None = None
             try:
-                self._keeper.write(value)
+                self._keeper.write(anchored)
             except BaseException as failure:  # noqa: BLE001 - handed to the committer's thread
                 error = failure
+            else:
+                # From this thread: what a guest waits for need not wait until the committer's is woken.
+                for done in self._take_done(lambda done: done.version <= anchored.version):  # noqa: B023
+                    self._finish(done.item, done.result)
             with self._changed:
                 self._written = (error,)
                 self._changed.notify()

@@ -90,6 +90,7 @@ class Change:
         self._ledger = ledger
         self._name = name
         self._slots: dict[VtpmId, int] = {}
+        self._written: dict[VtpmId, Stored] = {}
         self._events, self._events_head = ledger.record.events, ledger.record.events_head
 
     def vtpm(self, vtpm_id: VtpmId) -> VtpmRecord:
@@ -107,6 +108,7 @@ class Change:
         if row is None:
             raise NotFoundError(f"there is no vTPM {vtpm_id}")
         if vtpm_id in self._slots:
+            self._written.pop(vtpm_id, None)
             return _stored(self.db, row)
         stored = _verified(self.db, row, self._ledger, self._name)
         self._slots[vtpm_id] = row[_SLOT]
@@ -117,6 +119,10 @@ class Change:
         slot = self._ledger.free_slot()
         self._slots[vtpm_id] = slot
         return slot
+
+    def wrote(self, stored: Stored) -> None:
+        """Say what is stored of a vTPM by now, so that it need not be read again; forgotten at its next `all_of`."""
+        self._written[stored.record.id] = stored
 
     def append_event(self, event: Event) -> int:
         """Append to the audit log and return the event's id."""
@@ -131,13 +137,19 @@ class Change:
         """Return what the ledger becomes, or None when nothing was changed. See Ledger.draft."""
         leaves = {}
         for vtpm_id, slot in self._slots.items():
-            row = _row(self.db, vtpm_id)
-            leaf = EMPTY_LEAF if row is None else _stored(self.db, row).leaf
+            leaf = self._leaf(vtpm_id)
             if leaf != self._ledger.leaf(slot):
                 leaves[slot] = leaf
         if not leaves and self._events == self._ledger.record.events and above is None:
             return None
         return self._ledger.draft(leaves, self._events, self._events_head, above or 0)
+
+    def _leaf(self, vtpm_id: VtpmId) -> bytes:
+        written = self._written.get(vtpm_id)
+        if written is not None:
+            return written.leaf
+        row = _row(self.db, vtpm_id)
+        return EMPTY_LEAF if row is None else _stored(self.db, row).leaf
 
 
 class AnchoredDatabase:

@@ -5,6 +5,7 @@ Implements vtpm.vault.store.Store; see there for what each operation promises. I
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import sqlite3
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from vtpm.errors import ConflictError, UsageError, VtpmError
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.anchor import AnchorKeeper
-from vtpm.vault.entries import NO_EVENTS, envelope_digest
+from vtpm.vault.entries import NO_EVENTS, StateEntry, envelope_digest
 from vtpm.vault.ledger import check_event_follows
 from vtpm.vault.records import (
     MAX_COUNTER,
     PERMIT_BYTES,
     Event,
+    Permit,
     PermitState,
     SaveAck,
     SavedState,
@@ -41,7 +43,7 @@ from vtpm.vault.rules import (
     decides_who_runs,
     is_replay,
 )
-from vtpm.vault.sqlite_anchored import AnchoredDatabase, Stored, find_mark
+from vtpm.vault.sqlite_anchored import AnchoredDatabase, Change, Stored, find_mark
 from vtpm.vault.sqlite_rows import (
     INSERT_RECORD,
     REPLACE_MARK,
@@ -253,7 +255,7 @@ class SqliteStore:
                     outcomes.append(refusal)
                     continue
                 if replayed is None:
-                    self._write(change.db, stored, save)
+                    self._write(change, stored, save)
                 outcomes.append(replayed or SaveAck(SaveEffect.COMMITTED, save.version))
         return outcomes
 
@@ -299,23 +301,29 @@ class SqliteStore:
         check_save(stored.record, save)
         return None
 
-    def _write(self, db: sqlite3.Connection, stored: Stored, save: SaveRequest) -> None:
+    def _write(self, change: Change, stored: Stored, save: SaveRequest) -> None:
+        db, states = change.db, {state.kind: state for state in stored.states}
         # Volatile state older than the permanent one would give a guest back PCR values of an earlier moment.
-        has_volatile = any(state.kind is StateKind.VOLATILE for state in stored.states)
-        if save.kind is StateKind.PERMANENT and has_volatile:
+        if save.kind is StateKind.PERMANENT and states.pop(StateKind.VOLATILE, None) is not None:
             self._delete_kind(db, save.vtpm_id, StateKind.VOLATILE)
         if save.envelope:
-            self._put_state(db, SavedState(save.vtpm_id, save.kind, save.version, save.epoch, save.envelope))
+            state = SavedState(save.vtpm_id, save.kind, save.version, save.epoch, save.envelope)
+            states[save.kind] = self._put_state(db, state)
         else:
+            states.pop(save.kind, None)
             self._delete_kind(db, save.vtpm_id, save.kind)
+        permit = Permit(PermitState.CONSUMED, stored.record.permit.permit_id)
         db.execute(
             "UPDATE vtpm SET state_version = ?, permit_state = ? WHERE id = ?",
-            (save.version, str(PermitState.CONSUMED), save.vtpm_id.bytes),
+            (save.version, str(permit.state), save.vtpm_id.bytes),
         )
         db.execute(
             REPLACE_MARK,
             (save.vtpm_id.bytes, save.instance_id.bytes, save.seq, save.digest, save.version),
         )
+        record = dataclasses.replace(stored.record, state_version=save.version, permit=permit)
+        mark = SaveMark(save.instance_id, save.seq, save.digest, save.version)
+        change.wrote(Stored(record, [states[kind] for kind in sorted(states)], mark))
 
     @property
     def _name(self) -> str:
@@ -334,18 +342,13 @@ class SqliteStore:
             states.append(state)
         return states
 
-    def _put_state(self, db: sqlite3.Connection, state: SavedState) -> None:
+    def _put_state(self, db: sqlite3.Connection, state: SavedState) -> StateEntry:
+        digest = envelope_digest(state.envelope)
         db.execute(
             REPLACE_STATE,
-            (
-                state.vtpm_id.bytes,
-                state.kind,
-                state.version,
-                state.epoch,
-                envelope_digest(state.envelope),
-                state.envelope,
-            ),
+            (state.vtpm_id.bytes, state.kind, state.version, state.epoch, digest, state.envelope),
         )
+        return StateEntry(state.kind, state.epoch, state.version, digest)
 
     def _delete_kind(self, db: sqlite3.Connection, vtpm_id: VtpmId, kind: StateKind) -> None:
         db.execute("DELETE FROM state WHERE vtpm_id = ? AND kind = ?", (vtpm_id.bytes, kind))
