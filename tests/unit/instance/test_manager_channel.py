@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
@@ -81,6 +82,9 @@ def world() -> Iterator[World]:
     made = World()
     yield made
     made.manager.close()
+    made.channel._sock.close()
+    made.channel._watched.close()
+    os.close(made.channel._answered)
 
 
 def test_answer_wakes_the_saving_thread_alone_when_it_comes(world: World) -> None:
