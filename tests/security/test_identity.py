@@ -173,7 +173,7 @@ def test_instance_is_not_taken_for_ready_when_it_answers_as_another(store: Store
         await taken.send(ready(other) if "session" in forged else ready(session, TpmVersion.V1_2))
         # What comes before a right answer is not followed either.
         await taken.send(Load(1), ready(session), Load(2))
-        await taken.link.ready()
+        await taken.link.ready(10.0)
         assert taken.link.complaints == 1
         answer = await taken.receive()
         assert isinstance(answer, StateChunk) and answer.seq == 2

@@ -30,28 +30,18 @@ class DomainPlan:
 
 
 class RunningDomain(Protocol):
-    """One started domain. Its owner must call `reap` in the end."""
+    """One started domain. Its owner must await `ended` in the end."""
 
     @property
     def pid(self) -> int:
         """Process id on the host: the vtpmd's, or its virtual machine's."""
         ...
 
-    @property
-    def exit_fd(self) -> int:
-        """Readable once the domain has ended (a pidfd)."""
-        ...
-
-    @property
-    def report_fd(self) -> int:
-        """Readable once the domain has been locked in, or has failed to be; then call `report`."""
-        ...
-
-    def report(self) -> Report:
-        """Return what confinement is in force; call once.
+    async def confined(self) -> Report:
+        """Wait until the domain is locked in, and return what is in force; call once.
 
         Raises:
-            ConfinementError: a step failed, or the domain ended before it was confined.
+            ConfinementError: a step failed, or the domain ended before it was confined. It may still be there.
         """
         ...
 
@@ -59,8 +49,8 @@ class RunningDomain(Protocol):
         """End the domain at once; no error when it has ended already."""
         ...
 
-    def reap(self) -> str:
-        """Take leave of an ended domain and say how it ended."""
+    async def ended(self) -> str:
+        """Wait until nothing of the domain is left, take leave of it, and say how it ended; call once."""
         ...
 
 
@@ -70,6 +60,11 @@ class Domain(Protocol):
     @property
     def measurement(self) -> str:
         """SHA-256, in hex, over all that a domain of this kind runs."""
+        ...
+
+    @property
+    def ready_within_s(self) -> int:
+        """How long the vtpmd of a domain may take until it answers its manager."""
         ...
 
     def start(self, plan: DomainPlan) -> RunningDomain:

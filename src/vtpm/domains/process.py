@@ -13,11 +13,13 @@ from vtpm.confine.spawn import SpawnedProcess, spawn, wait_confined
 from vtpm.confine.spec import ConfinementSpec, UserNamespace
 from vtpm.domains.base import DomainPlan, RunningDomain
 from vtpm.domains.measurement import measure_files
+from vtpm.domains.waiting import readable
 from vtpm.errors import DomainError
 from vtpm.wire.instance_spec import InstanceFd
 
 TARGET = "vtpm.instance.main:prepare"
 _REPORT_TIMEOUT_S = 5.0
+_READY_S = 10
 _PACKAGES = ("confine", "engine", "guest_link", "instance", "tpm", "wire")
 
 
@@ -32,6 +34,11 @@ class ProcessDomain:
     def measurement(self) -> str:
         """SHA-256, in hex, over interpreter, engine, libtpms and every module of vtpm that an instance runs."""
         return self._measurement
+
+    @property
+    def ready_within_s(self) -> int:
+        """It is there as soon as it is confined."""
+        return _READY_S
 
     def start(self, plan: DomainPlan) -> RunningDomain:
         """Start a confined vtpmd; see Domain."""
@@ -63,18 +70,9 @@ class ConfinedProcess:
         """Process id on the host."""
         return self._process.pid
 
-    @property
-    def exit_fd(self) -> int:
-        """The pidfd."""
-        return self._process.pidfd
-
-    @property
-    def report_fd(self) -> int:
-        """The confinement report's pipe."""
-        return self._process.report_fd
-
-    def report(self) -> Report:
+    async def confined(self) -> Report:
         """Return what is in force; see RunningDomain."""
+        await readable(self._process.report_fd)
         self._reported = True
         return wait_confined(self._process, timeout_s=_REPORT_TIMEOUT_S)
 
@@ -83,8 +81,9 @@ class ConfinedProcess:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._process.pidfd, signal.SIGKILL)
 
-    def reap(self) -> str:
+    async def ended(self) -> str:
         """Wait for the end and return it in words."""
+        await readable(self._process.pidfd)
         ended = os.waitid(os.P_PIDFD, self._process.pidfd, os.WEXITED)
         os.close(self._process.pidfd)
         if not self._reported:

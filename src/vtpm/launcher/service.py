@@ -186,12 +186,10 @@ class LauncherService:
         instance = slot.start_instance(role)
         self._loop.add_reader(instance.hold, self._on_hold, slot, instance)
         try:
-            await asyncio.wait_for(self._readable(instance.domain.report_fd), CONFINED_TIMEOUT_S)
-            instance.report = instance.domain.report()
+            instance.report = await asyncio.wait_for(instance.domain.confined(), CONFINED_TIMEOUT_S)
         except (TimeoutError, ConfinementError) as error:
             instance.domain.kill()
-            await self._readable(instance.domain.exit_fd)
-            how = self._close_instance(slot, instance)
+            how = await self._see_end(slot, instance)
             why = error.message if isinstance(error, VtpmError) else f"it took more than {CONFINED_TIMEOUT_S} s"
             raise DomainError(f"the instance of {slot.args.name} was not started: {why} ({how})") from error
         slot.confined.set()
@@ -204,8 +202,7 @@ class LauncherService:
             successor: Instance | None = instance
             while successor is not None:
                 instance = successor
-                await self._readable(instance.domain.exit_fd)
-                how = self._close_instance(slot, instance)
+                how = await self._see_end(slot, instance)
                 successor, how = await self._successor(slot, instance, how)
         finally:
             self._forget(slot)
@@ -242,8 +239,9 @@ class LauncherService:
         if self.server is not None:
             self.server.broadcast_event("ended", Ended(slot.args.vtpm_id, instance.instance_id, how[:500]))
 
-    def _close_instance(self, slot: Slot, instance: Instance) -> str:
-        how = instance.domain.reap()
+    async def _see_end(self, slot: Slot, instance: Instance) -> str:
+        """Wait until an instance has ended, keep what it parked last, and say how it ended."""
+        how = await instance.domain.ended()
         slot.instance = None
         slot.confined.clear()
         self._loop.remove_reader(instance.hold)
@@ -278,14 +276,6 @@ class LauncherService:
             alive = False
         if not alive:
             self._loop.remove_reader(instance.hold)
-
-    async def _readable(self, fd: int) -> None:
-        ready = asyncio.Event()
-        self._loop.add_reader(fd, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            self._loop.remove_reader(fd)
 
     def _report_defect(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -143,6 +143,7 @@ class Slot:
             name=self.args.name,
             pid=instance.domain.pid,
             measurement=self._domain.measurement,
+            ready_within_s=self._domain.ready_within_s,
             control_socket=str(self._sockets.control_path),
             data_socket=str(self._sockets.data_path),
             protections=tuple(ProtectionLine(p.step[:512], p.status.value, p.why[:512]) for p in instance.report),

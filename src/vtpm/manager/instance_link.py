@@ -63,7 +63,6 @@ FRAMES_BURST, FRAMES_PER_S = 4000, 2000.0
 PAUSE_S = 0.25
 _MAX_OUT_BYTES = 16 * 1024 * 1024
 _COMPLAINTS_LOGGED = 10
-READY_TIMEOUT_S = 10.0
 _log = logging.getLogger("vtpm.manager.link")
 
 
@@ -135,16 +134,16 @@ class InstanceLink:
         self._send(Hello(self._session))
 
     # -- what the manager wants -------------------------------------------------------------------------------------
-    async def ready(self) -> Ready:
+    async def ready(self, timeout_s: float) -> Ready:
         """Wait until the instance has answered the hello.
 
         Raises:
-            UnavailableError: it did not in READY_TIMEOUT_S, or the link ended.
+            UnavailableError: it did not in this time, or the link ended.
         """
         try:
-            return await asyncio.wait_for(asyncio.shield(self._ready), READY_TIMEOUT_S)
+            return await asyncio.wait_for(asyncio.shield(self._ready), timeout_s)
         except TimeoutError:
-            raise UnavailableError(f"the instance of {self.name} did not answer in {READY_TIMEOUT_S:g} s") from None
+            raise UnavailableError(f"the instance of {self.name} did not answer in {timeout_s:g} s") from None
 
     async def power_on(self, startup: Startup, timeout_s: float) -> None:
         """Have the TPM powered on. Raises VtpmError: it was not; the message says why."""

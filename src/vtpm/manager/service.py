@@ -154,7 +154,7 @@ class ManagerService:
         """End an instance that was taken up and does not answer. Nobody else waits for it."""
         record = running.record
         try:
-            await running.link.ready()
+            await running.link.ready(running.info.ready_within_s)
         except VtpmError as error:
             if self.running.get(record.id) is not running:
                 return
@@ -348,7 +348,7 @@ class ManagerService:
             raise
         running = self._follow(record, info, link_socket)
         try:
-            await running.link.ready()
+            await running.link.ready(running.info.ready_within_s)
             await running.link.power_on(startup, POWER_ON_TIMEOUT_S)
         except VtpmError:
             await self._end_instance(record.id)

@@ -69,6 +69,7 @@ class InstanceInfo:
     Args:
         pid: of the vtpmd, or of its virtual machine.
         measurement: SHA-256, in hex, over all that its domain runs.
+        ready_within_s: how long it may take from its start until it answers the manager.
         control_socket, data_socket: paths of the guest link.
     """
 
@@ -77,6 +78,7 @@ class InstanceInfo:
     name: Annotated[str, MaxLength(63)]
     pid: int
     measurement: Annotated[str, MaxLength(64)]
+    ready_within_s: int
     control_socket: Text
     data_socket: Text
     protections: tuple[ProtectionLine, ...]

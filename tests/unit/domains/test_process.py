@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 
@@ -15,7 +16,7 @@ def test_no_descriptor_is_left_when_a_process_is_reaped_that_never_reported() ->
     child = subprocess.Popen(["sleep", "60"])
     process = ConfinedProcess(SpawnedProcess(child.pid, os.pidfd_open(child.pid), 0, report_read))
     process.kill()
-    assert process.reap() == "signal SIGKILL"
+    assert asyncio.run(process.ended()) == "signal SIGKILL"
     child.returncode = -9
     os.close(report_write)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -27,38 +26,35 @@ class FakeRunning:
     """See RunningDomain."""
 
     def __init__(self, plan: DomainPlan, pid: int) -> None:
-        with contextlib.ExitStack() as stack:
-            self.exit_fd, self._exit = _pipe(stack)
-            self.report_fd, self._report = _pipe(stack)
-            self.log = os.dup(plan.log_fd)
-            stack.pop_all()
+        self.log = os.dup(plan.log_fd)
         self.pid = pid
         self.role = plan.args.role
         self.link = plan.fds[InstanceFd.MANAGER_LINK]
         self.dies_when_killed = True
         self._how = "signal SIGKILL"
         self._failed = False
+        self._reported = asyncio.Event()
+        self._exited = asyncio.Event()
 
     def confine(self) -> None:
         """Be locked in."""
-        os.close(self._report)
+        self._reported.set()
 
     def fail(self) -> None:
         """End before being locked in."""
         self._failed = True
-        os.close(self._report)
+        self._reported.set()
         self.die()
 
     def die(self, how: str = "signal SIGSEGV") -> None:
         """End, as the process itself would."""
-        if self._exit >= 0:
+        if not self._exited.is_set():
             self._how = how
-            os.close(self._exit)
-            self._exit = -1
+            self._exited.set()
             os.close(self.log)
 
-    def report(self) -> Report:
-        os.close(self.report_fd)
+    async def confined(self) -> Report:
+        await self._reported.wait()
         if self._failed:
             raise ConfinementError("it died before it was confined")
         return (Protection("title", ProtectionStatus.IN_FORCE, "named"),)
@@ -67,8 +63,8 @@ class FakeRunning:
         if self.dies_when_killed:
             self.die("signal SIGKILL")
 
-    def reap(self) -> str:
-        os.close(self.exit_fd)
+    async def ended(self) -> str:
+        await self._exited.wait()
         return self._how
 
 
@@ -80,6 +76,7 @@ class FakeDomain:
     """
 
     measurement = "00" * 32
+    ready_within_s = 1
 
     def __init__(self, *, confines: bool = True) -> None:
         self.confines = confines
@@ -170,10 +167,3 @@ def run(folder: Path, test: Callable[[Launcher], Awaitable[None]], *, confines: 
 def is_successor(running: FakeRunning) -> bool:
     """Say whether an instance was started in place of a dead one."""
     return running.role is Role.SUCCESSOR
-
-
-def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    ends = os.pipe()
-    for end in ends:
-        stack.callback(os.close, end)
-    return ends

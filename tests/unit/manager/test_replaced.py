@@ -41,7 +41,7 @@ RECORD = VtpmRecord(
     wrapped_key=b"wrapped",
     lifecycle=LifeState.RUNNING.value,
 )
-DEAD = InstanceInfo(RECORD.id, InstanceId(uuid4()), "web1", 1000, "00" * 32, "/c", "/d", ())
+DEAD = InstanceInfo(RECORD.id, InstanceId(uuid4()), "web1", 1000, "00" * 32, 1, "/c", "/d", ())
 SUCCESSOR = replace(DEAD, instance_id=InstanceId(uuid4()), pid=1001)
 
 
