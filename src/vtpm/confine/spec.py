@@ -58,6 +58,20 @@ _LIMIT_RANGES = {
 
 
 @dataclass(frozen=True)
+class Root:
+    """What an instance sees of the host's files: nothing by default.
+
+    Args:
+        read_only: absolute paths of folders and device files that are there, read-only; a symbolic link is there as a
+            link. For a program that the target executes.
+        proc: whether /proc is there, of its own PID namespace alone.
+    """
+
+    read_only: tuple[str, ...] = ()
+    proc: bool = False
+
+
+@dataclass(frozen=True)
 class ConfinementSpec:
     """Everything that the confinement program is told. Checked when made, so that one that exists is
     well-formed.
@@ -75,6 +89,10 @@ class ConfinementSpec:
         hold_fd: the one of them whose hang-up means that the launcher is gone.
         user_namespace: see UserNamespace.
         limits: see Limits.
+        program: what `ps` shows before the name.
+        root: see Root.
+        own_filter: whether the program that the target executes brings its own seccomp filter; the allow-list of a
+            vtpmd, which forbids execve, is then not put on.
         target_args: a JSON object for the target, not looked at here.
     Raises:
         ConfinementError: a field is out of its range; the message names it.
@@ -89,6 +107,9 @@ class ConfinementSpec:
     hold_fd: int
     user_namespace: UserNamespace
     limits: Limits = field(default_factory=Limits)
+    program: str = "vtpmd"
+    root: Root = field(default_factory=Root)
+    own_filter: bool = False
     target_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,6 +137,12 @@ class ConfinementSpec:
             "one of keep_fds",
         )
         _require(isinstance(self.user_namespace, UserNamespace), "user_namespace", "host or own")
+        _require(isinstance(self.program, str) and bool(_NAME.fullmatch(self.program)), "program", "as name")
+        _require(
+            all(map(_is_plain_path, self.root.read_only)), "root.read_only", "absolute paths without . or .. in them"
+        )
+        _require(isinstance(self.root.proc, bool), "root.proc", "true or false")
+        _require(isinstance(self.own_filter, bool), "own_filter", "true or false")
         _require(isinstance(self.target_args, Mapping), "target_args", "a JSON object")
 
 
@@ -169,6 +196,9 @@ def decode_spec(encoded: bytes) -> ConfinementSpec:
     members["limits"] = Limits(
         **_members(members["limits"], {f.name for f in fields(Limits)}, "the confinement spec's field limits")
     )
+    root = _members(members["root"], {f.name for f in fields(Root)}, "the confinement spec's field root")
+    _require(isinstance(root["read_only"], list), "root.read_only", "a list")
+    members["root"] = Root(tuple(root["read_only"]), root["proc"])
     for name in ("import_paths", "keep_fds"):
         _require(isinstance(members[name], list), name, "a list")
         members[name] = tuple(members[name])

@@ -12,7 +12,8 @@ the one place that says what is done and when:
                    may exist
  5. rlimits        no core, no files, little memory, few descriptors and threads, one malloc arena
  6. network        every interface of the new network namespace is down
- 7. root           an empty read-only tmpfs becomes the root; the old one is detached: there is no file system
+ 7. root           an empty read-only tmpfs becomes the root; the old one is detached: there is no file system, but
+                   what the spec names, read-only
  8. bounding       bounding and ambient sets emptied, securebits locked: needs capabilities, so before they go
  9. identity       own uid and gid, no groups
 10. capabilities   all sets cleared, after the uid change, which would need them
@@ -133,7 +134,7 @@ def namespace_inodes() -> dict[str, int]:
 
 
 def _title(context: Context) -> Outcome:
-    title = set_title("vtpmd", context.spec.name)
+    title = set_title(context.spec.program, context.spec.name)
     return IN_FORCE, f"shown as {title}; arguments overwritten"
 
 
@@ -146,8 +147,9 @@ def _import(context: Context) -> Outcome:
             f"the target {context.spec.target} cannot be imported: {error}", next_step="Check import_paths."
         ) from error
     context.prepare = function
-    machine = kernel.machine()
-    context.seccomp_program = pack(assemble(machine, rules_for(machine, POLICY_FILE.read_text())))
+    if not context.spec.own_filter:
+        machine = kernel.machine()
+        context.seccomp_program = pack(assemble(machine, rules_for(machine, POLICY_FILE.read_text())))
     _require(len(list(Path("/proc/self/task").iterdir())) == 1, "importing the target started a thread")
     return IN_FORCE, "the target was loaded before the lock-down"
 
@@ -187,18 +189,58 @@ def _network(_context: Context) -> Outcome:
     return IN_FORCE, "no interface is up"
 
 
-def _root(_context: Context) -> Outcome:
+def _root(context: Context) -> Outcome:
+    wanted = context.spec.root
     kernel.mount(b"none", b"/", None, kernel.MS_REC | kernel.MS_PRIVATE, None)
     # Any folder serves as the place to mount on; /proc is one that is there for sure and is not needed any
     # more.
-    flags = kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-    kernel.mount(b"vtpmd", b"/proc", b"tmpfs", flags, b"size=4k,nr_inodes=1,mode=0555")
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    inodes = 1 + 4 * (len(wanted.read_only) + wanted.proc)
+    kernel.mount(b"vtpmd", b"/proc", b"tmpfs", flags, f"size=4k,nr_inodes={inodes},mode=0555".encode())
     os.chdir("/proc")
+    for path in wanted.read_only:
+        _show(path)
+    if wanted.proc:
+        Path("proc").mkdir()
+        kernel.mount(b"proc", b"proc", b"proc", kernel.MS_RDONLY | flags, None)
+    kernel.mount(b"vtpmd", b".", None, kernel.MS_REMOUNT | kernel.MS_RDONLY | flags, None)
     kernel.pivot_root_here()
     os.chdir("/")
-    _require(not list(Path("/").iterdir()), "the new root is not empty")
+    expected = {path.split("/")[1] for path in wanted.read_only} | ({"proc"} if wanted.proc else set())
+    _require(
+        {entry.name for entry in Path("/").iterdir()} == expected, "the new root holds other things than it should"
+    )
     _require(bool(os.statvfs("/").f_flag & os.ST_RDONLY), "the new root is not read-only")
-    return IN_FORCE, "an empty read-only root; no file system"
+    for path in wanted.read_only:
+        is_folder = stat.S_ISDIR(Path(path).lstat().st_mode)
+        _require(not is_folder or bool(os.statvfs(path).f_flag & os.ST_RDONLY), f"{path} is not read-only")
+    if not expected:
+        return IN_FORCE, "an empty read-only root; no file system"
+    return IN_FORCE, f"a read-only root with {', '.join(sorted((*wanted.read_only, *(['/proc'] * wanted.proc))))} alone"
+
+
+def _show(path: str) -> None:
+    """Make something of the host's files appear under the working directory, which becomes the root."""
+    source, place = Path(path), Path(path.removeprefix("/"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    mode = source.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        place.symlink_to(source.readlink())
+        return
+    if stat.S_ISDIR(mode):
+        place.mkdir()
+    else:
+        place.touch(0o444)
+    kernel.mount(os.fsencode(source), os.fsencode(place), None, kernel.MS_BIND, None)
+    # A mount in a user namespace keeps the flags that it had outside, so they have to be named again.
+    had = os.statvfs(place).f_flag
+    kept = (os.ST_NOSUID, kernel.MS_NOSUID), (os.ST_NOEXEC, kernel.MS_NOEXEC), (os.ST_NODEV, kernel.MS_NODEV)
+    times = (os.ST_NOATIME, kernel.MS_NOATIME), (os.ST_NODIRATIME, kernel.MS_NODIRATIME)
+    flags = sum(flag for bit, flag in (*kept, *times, (os.ST_RELATIME, kernel.MS_RELATIME)) if had & bit)
+    flags |= kernel.MS_RDONLY | kernel.MS_NOSUID
+    if not stat.S_ISCHR(mode):
+        flags |= kernel.MS_NODEV
+    kernel.mount(b"none", os.fsencode(place), None, kernel.MS_REMOUNT | kernel.MS_BIND | flags, None)
 
 
 def _bounding(_context: Context) -> Outcome:
@@ -272,6 +314,8 @@ def _prepare(context: Context) -> Outcome:
 
 
 def _seccomp(context: Context) -> Outcome:
+    if context.spec.own_filter:
+        return WEAKER, "the program that is executed now is to put on a filter of its own"
     _require(bool(context.seccomp_program), "there is no filter")
     kernel.install_seccomp_filter(context.seccomp_program)
     return IN_FORCE, "system call allow-list on every thread"
