@@ -12,9 +12,9 @@ from vtpm.confine.report import Report
 from vtpm.confine.spawn import SpawnedProcess, spawn, wait_confined
 from vtpm.confine.spec import ConfinementSpec, UserNamespace
 from vtpm.domains.base import DomainPlan, RunningDomain
-from vtpm.domains.measurement import measure_files
 from vtpm.domains.waiting import readable
 from vtpm.errors import DomainError
+from vtpm.measurement.digest import measure
 from vtpm.wire.instance_spec import InstanceFd
 
 TARGET = "vtpm.instance.main:prepare"
@@ -28,7 +28,9 @@ class ProcessDomain:
 
     def __init__(self) -> None:
         self._import_paths = _import_paths()
-        self._measurement = measure_files(_closure(self._import_paths))
+        # By the last parts of its place, so that the same software elsewhere has the same measurement.
+        files = _closure(self._import_paths)
+        self._measurement = measure(("/".join(path.parts[-3:]), path) for path in files)
 
     @property
     def measurement(self) -> str:
