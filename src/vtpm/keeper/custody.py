@@ -17,7 +17,7 @@ from typing import TypeVar
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from vtpm.errors import PlatformTpmError, StateError, VtpmError
+from vtpm.errors import ConflictError, PlatformTpmError, StateError, VtpmError
 from vtpm.keeper import escrow
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import NewRoot, RootKey, has_root_file, open_root_key, save_root_file, seal_again
@@ -28,6 +28,7 @@ from vtpm.platform_tpm.root_policy import PcrSet, PcrSets
 from vtpm.platform_tpm.sealed_blob import SealedBlob
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import KEY_BYTES, Secret
+from vtpm.wire.keeper import PcrState
 
 RETRY_S = 2.0
 """How long a lock is taken as it is before the platform TPM is asked again."""
@@ -213,7 +214,13 @@ class Custody:
             root = self.root
             more = PcrSet(label, root.opened_by.selection, values)
             blob = tpm.allow(
-                root.blob, root.secret, more, self._save, zero_pcrs=self._new.zero_pcrs, fence_pcr=self._new.fence_pcr
+                root.blob,
+                root.secret,
+                more,
+                self._save,
+                zero_pcrs=self._new.zero_pcrs,
+                fence_pcr=self._new.fence_pcr,
+                services_pcr=self._new.services_pcr,
             )
             self._root = RootKey(root.secret, blob, root.opened_by)
 
@@ -240,6 +247,34 @@ class Custody:
         save_root_file(self._state_dir, blob)
         root = self.root
         self._root = RootKey(root.secret, blob, root.opened_by)
+
+    # -- services ---------------------------------------------------------------------------------------------------
+    def services_pcr(self) -> PcrState:
+        """Return the PCR that the services are measured into.
+
+        Raises:
+            ConflictError: they are not.
+            PlatformTpmError: the platform TPM does not answer.
+        """
+        selection = self._services_selection()
+        return self._ask_any(lambda tpm: _state_of(selection, tpm))
+
+    def measure_services(self, digest: bytes) -> PcrState:
+        """Extend that PCR, and return it. Raises UsageError: another size; and as services_pcr."""
+        selection = self._services_selection()
+        # Not `_ask_any`: whether an extension whose answer was lost took place is for the caller to find out.
+        with self._busy:
+            tpm = self._tpm or self._connect()
+            tpm.extend(selection.indexes[0], selection.bank, digest)
+            return _state_of(selection, tpm)
+
+    def _services_selection(self) -> PcrSelection:
+        if self._new.services_pcr is None:
+            raise ConflictError(
+                "the keeper was started without a PCR for the services",
+                next_step="Run `vtpm shutdown`, then start vtpm-managerd again",
+            )
+        return PcrSelection(self._new.selection.bank, (self._new.services_pcr,))
 
     # -- anchor -----------------------------------------------------------------------------------------------------
     def anchor_key(self) -> Secret:
@@ -292,3 +327,9 @@ class Custody:
             # The next call connects anew, and counts it.
             self._disconnect()
         return result
+
+
+def _state_of(selection: PcrSelection, tpm: PlatformTpm) -> PcrState:
+    (index,) = selection.indexes
+    values, reset_count = tpm.pcr_state(selection)
+    return PcrState(str(selection.bank), index, values[index], reset_count)

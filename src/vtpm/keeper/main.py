@@ -1,7 +1,7 @@
 """vtpm-keeper: alone talks to the platform TPM; holds the root key; unwraps one vTPM's key at a time.
 
     vtpm-keeper --run-dir DIR --state-dir DIR --platform-tpm embedded|TCTI [--manager-uid UID] [--pcrs sha256:0,2,4,7]
-                [--zero-pcrs refuse|warn] [--fence-pcr N] [--uid UID --gid GID]
+                [--zero-pcrs refuse|warn] [--fence-pcr N] [--services-pcr N] [--uid UID --gid GID]
 
 Serves DIR/keeper.sock once it has tried to open the root key, in the foreground, until SIGTERM. It does not mind the
 manager's end. A root key that does not open stays locked: it says why, and waits for `vtpm recover`.
@@ -51,6 +51,7 @@ class Settings:
     pcrs: PcrSelection
     zero_pcrs: ZeroPcrs
     fence_pcr: int | None
+    services_pcr: int | None
     uid: int
     gid: int
 
@@ -82,6 +83,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
         "--zero-pcrs", choices=("refuse", "warn"), default="refuse", help="when no PCR was measured into"
     )
     parser.add_argument("--fence-pcr", type=int, metavar="N", help="extended after opening: opens once in each boot")
+    parser.add_argument("--services-pcr", type=int, metavar="N", help="what the services are measured into")
     parser.add_argument("--uid", type=int, metavar="UID", help="run as this user")
     parser.add_argument("--gid", type=int, metavar="GID", help="and this group; default: as UID")
     options = parser.parse_args(arguments)
@@ -96,6 +98,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
         pcrs=PcrSelection.parse(options.pcrs),
         zero_pcrs=ZeroPcrs.ALLOW if options.zero_pcrs == "warn" else ZeroPcrs.REFUSE,
         fence_pcr=options.fence_pcr,
+        services_pcr=options.services_pcr,
         uid=uid,
         gid=options.gid if options.gid is not None else (os.getegid() if options.uid is None else uid),
     )
@@ -142,7 +145,8 @@ def _device_groups(tcti: str) -> list[int]:
 
 async def _serve(settings: Settings, platform: Platform, listener: socket.socket) -> None:
     zero_pcrs = ZeroPcrs.ALLOW if platform.kind is PlatformKind.EMBEDDED else settings.zero_pcrs
-    custody = Custody(settings.state_dir, platform, NewRoot(settings.pcrs, zero_pcrs, settings.fence_pcr))
+    new = NewRoot(settings.pcrs, zero_pcrs, settings.fence_pcr, settings.services_pcr)
+    custody = Custody(settings.state_dir, platform, new)
     custody.open()
     service = KeeperService(platform, custody, str(settings.pcrs))
     allowed = {0, settings.manager_uid}

@@ -49,11 +49,13 @@ class NewRoot:
         selection: the PCRs.
         zero_pcrs: whether PCRs that are all zero will do.
         fence_pcr: the PCR that the fence extends, if there is one.
+        services_pcr: the PCR that the services are measured into, if they are.
     """
 
     selection: PcrSelection
     zero_pcrs: ZeroPcrs
     fence_pcr: int | None = None
+    services_pcr: int | None = None
 
 
 def has_root_file(state_dir: Path) -> bool:
@@ -127,6 +129,7 @@ def _seal(temporary: Path, tpm: PlatformTpm, secret: Secret, label: str, new: Ne
         lambda blob: write_new(temporary, blob.to_bytes()),
         zero_pcrs=new.zero_pcrs,
         fence_pcr=new.fence_pcr,
+        services_pcr=new.services_pcr,
     )
     reread = read_file(temporary, _WHAT, MAX_BLOB_BYTES)
     if reread != blob.to_bytes():
@@ -186,6 +189,7 @@ def _change_policy(path: Path, tpm: PlatformTpm, secret: Secret, new: NewRoot) -
         lambda changed: save_root_file(path.parent, changed),
         zero_pcrs=new.zero_pcrs,
         fence_pcr=new.fence_pcr,
+        services_pcr=new.services_pcr,
     )
     return _open(path, blob.to_bytes(), tpm)
 

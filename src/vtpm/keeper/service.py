@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vtpm.errors import ProtocolError, UsageError
+from vtpm.errors import AccessDeniedError, ProtocolError, UsageError
 from vtpm.keeper import wrapping
 from vtpm.keeper.custody import Custody
 from vtpm.keeper.platforms import Platform
@@ -25,6 +25,8 @@ from vtpm.wire.keeper import (
     NewKey,
     NewKeyArgs,
     NoArgs,
+    PcrDigest,
+    PcrState,
     PlatformKind,
     PolicyLabel,
     PolicySet,
@@ -65,6 +67,8 @@ class KeeperService:
             "policy": lambda _args, _peer: self._policy(),
             "policy_allow": self._allow,
             "policy_drop": self._drop,
+            "services_pcr": lambda _args, _peer: custody.services_pcr(),
+            "measure_services": self._measure,
             "new_recovery_key": lambda _args, _peer: RecoveryText(custody.new_recovery_key().to_text()),
             "recovery_public_key": self._recovery_public_key,
             "recover": self._recover,
@@ -139,6 +143,14 @@ class KeeperService:
     def _recovery_public_key(self, _args: NoArgs, _peer: Peer) -> RecoveryText:
         key = self._custody.recovery_public_key()
         return RecoveryText(key.to_text() if key else "")
+
+    def _measure(self, args: PcrDigest, peer: Peer) -> PcrState:
+        # Not the manager: what it is has been measured when it comes to ask.
+        if peer.uid not in (0, os.geteuid()):
+            raise AccessDeniedError(f"user {peer.uid} may not say what the services are")
+        state = self._custody.measure_services(args.digest)
+        _log.warning("process %d measured other services into PCR %d", peer.pid, state.pcr)
+        return state
 
     def _recover(self, args: RecoveryText, _peer: Peer) -> Recovered:
         return Recovered(self._custody.recover(args.text))

@@ -116,6 +116,23 @@ class PlatformTpm:
         """
         return self._connection.run("read PCRs", lambda: pcr_access.read_pcrs(self._connection, selection))
 
+    def pcr_state(self, selection: PcrSelection) -> tuple[dict[int, bytes], int]:
+        """Return the present value of each PCR, and how often the TPM was reset in its life.
+
+        Neither is authenticated: it is quick, and nothing secret may rest on it.
+
+        Raises:
+            PlatformTpmError: the TPM lacks the bank or a PCR.
+        """
+        connection = self._connection
+        return connection.run(
+            "read PCRs",
+            lambda: (
+                pcr_access.read_pcrs(connection, selection),
+                int(connection.esapi.read_clock().clockInfo.resetCount),
+            ),
+        )
+
     def pcr_set(self, label: str, selection: PcrSelection) -> PcrSet:
         """Return the present values as a set that can be allowed.
 
@@ -150,6 +167,7 @@ class PlatformTpm:
         *,
         zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE,
         fence_pcr: int | None = None,
+        services_pcr: int | None = None,
     ) -> SealedBlob:
         """Seal a root key, and make the policy index and the anchor index in the TPM.
 
@@ -162,11 +180,12 @@ class PlatformTpm:
             save: keeps the blob, not yet as the one that counts.
             zero_pcrs: whether PCRs that are all zero will do.
             fence_pcr: the PCR that `extend_fence` will extend, if so: exempt from the rule of zeros.
+            services_pcr: the PCR that the services are measured into, if so: exempt too.
         Raises:
             PlatformTpmError: the set is all zero, there is no room in NV memory, the hierarchies have passwords.
             UsageError: the fence PCR is not in the set, or can be reset.
         """
-        self._check_set(first, zero_pcrs, fence_pcr)
+        self._check_set(first, zero_pcrs, fence_pcr, services_pcr)
         connection = self._connection
         blob = connection.run("seal a key", lambda: sealing.seal(connection, root, first))
         save(blob)
@@ -215,13 +234,14 @@ class PlatformTpm:
         *,
         zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE,
         fence_pcr: int | None = None,
+        services_pcr: int | None = None,
     ) -> SealedBlob:
         """Let one more set of PCRs open the root key.
 
         Args:
             blob: the one in use.
             root: the root key of it.
-            more: the set; see `seal_root` for zero_pcrs and fence_pcr.
+            more: the set; see `seal_root` for zero_pcrs, fence_pcr and services_pcr.
             save: makes a blob durable in the place of `blob`. Called twice: before the TPM is written with a blob that
                 opens under the old policy and the new, and after it with the one returned.
         Returns:
@@ -231,7 +251,7 @@ class PlatformTpm:
             PlatformTpmError: the set is all zero, or as `allowed`.
             StateError: as `allowed`.
         """
-        self._check_set(more, zero_pcrs, fence_pcr)
+        self._check_set(more, zero_pcrs, fence_pcr, services_pcr)
         return self._change(blob, root, lambda sets: with_set(sets, more), save)
 
     def drop(self, blob: SealedBlob, root: Secret, label: str, save: Save) -> SealedBlob:
@@ -252,10 +272,11 @@ class PlatformTpm:
         *,
         zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE,
         fence_pcr: int | None = None,
+        services_pcr: int | None = None,
     ) -> SealedBlob:
         """Let these sets of PCRs open the root key and no others; see `allow`."""
         for one in sets:
-            self._check_set(one, zero_pcrs, fence_pcr)
+            self._check_set(one, zero_pcrs, fence_pcr, services_pcr)
         return self._change(blob, root, lambda _: checked(sets), save)
 
     def extend_fence(self, blob: SealedBlob, root: Secret, index: int) -> None:
@@ -290,8 +311,8 @@ class PlatformTpm:
         index = anchor_index(blob.anchor_index.handle, authority)
         return AnchorIndex(self._connection, index, authority, blob.srk_name)
 
-    def _check_set(self, one: PcrSet, zero_pcrs: ZeroPcrs, fence_pcr: int | None) -> None:
-        refuse_zeros(one, zero_pcrs, fence_pcr)
+    def _check_set(self, one: PcrSet, zero_pcrs: ZeroPcrs, fence_pcr: int | None, services_pcr: int | None) -> None:
+        refuse_zeros(one, zero_pcrs, fence_pcr, services_pcr)
         if fence_pcr is not None:
             fence.check_fence_covers(fence.check_fence_pcr(fence_pcr), (one,))
 

@@ -129,15 +129,17 @@ def without_set(sets: PcrSets, label: str) -> PcrSets:
     return left
 
 
-def refuse_zeros(pcr_set: PcrSet, zero_pcrs: ZeroPcrs, fence_pcr: int | None = None) -> None:
+def refuse_zeros(
+    pcr_set: PcrSet, zero_pcrs: ZeroPcrs, fence_pcr: int | None = None, services_pcr: int | None = None
+) -> None:
     """Refuse a set into which nothing was measured.
 
     Args:
-        fence_pcr: the PCR that the fence extends; nobody else does, so it says nothing of the boot.
+        fence_pcr, services_pcr: PCRs that vtpm itself extends; they do not show that anything measured the boot.
     Raises:
-        PlatformTpmError: all PCRs but the fence's are zero, and that is to be refused.
+        PlatformTpmError: all PCRs but these are zero, and that is to be refused.
     """
-    measured = {index: value for index, value in pcr_set.by_index.items() if index != fence_pcr}
+    measured = {index: value for index, value in pcr_set.by_index.items() if index not in (fence_pcr, services_pcr)}
     if zero_pcrs is ZeroPcrs.REFUSE and len(all_zero(measured)) == len(measured):
         raise PlatformTpmError(
             f"the PCRs {pcr_set.selection} of {pcr_set.label!r} are all zero: nothing measured that boot",

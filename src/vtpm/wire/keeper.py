@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from vtpm.errors import ProtocolError
+from vtpm.errors import ConflictError, ProtocolError
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.packet_socket import PacketClient
 from vtpm.wire.service import Interface, MaxLength, Operation
@@ -21,6 +21,7 @@ MAX_WRAPPED_BYTES = 512
 DIGEST_BYTES = 32
 MAX_POLICY_SETS = 8
 MAX_PCRS = 24
+MAX_PCR_BYTES = 64
 MAX_LABEL_CHARS = 64
 MAX_RECOVERY_TEXT_CHARS = 256
 
@@ -85,6 +86,29 @@ class AnchorState:
     def __post_init__(self) -> None:
         if len(self.digest) != DIGEST_BYTES:
             raise ProtocolError(f"an anchor's digest has {DIGEST_BYTES} bytes, this one has {len(self.digest)}")
+
+
+@dataclass(frozen=True)
+class PcrState:
+    """The PCR that the services are measured into.
+
+    Args:
+        bank, pcr: which it is.
+        value: what it holds now.
+        reset_count: the TPM's; one more than before means that the PCR began anew.
+    """
+
+    bank: Annotated[str, MaxLength(16)]
+    pcr: int
+    value: Annotated[bytes, MaxLength(MAX_PCR_BYTES)]
+    reset_count: int
+
+
+@dataclass(frozen=True)
+class PcrDigest:
+    """What a PCR is extended with; of its bank's size."""
+
+    digest: Annotated[bytes, MaxLength(MAX_PCR_BYTES)]
 
 
 @dataclass(frozen=True)
@@ -183,6 +207,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "policy": Operation(args=NoArgs, result=PolicyState),
     "policy_allow": Operation(args=PolicySet, result=PolicyState),
     "policy_drop": Operation(args=PolicyLabel, result=PolicyState),
+    "services_pcr": Operation(args=NoArgs, result=PcrState),
+    "measure_services": Operation(args=PcrDigest, result=PcrState),
     "new_recovery_key": Operation(args=NoArgs, result=RecoveryText),
     "recovery_public_key": Operation(args=NoArgs, result=RecoveryText),
     "recover": Operation(args=RecoveryText, result=Recovered),
@@ -190,6 +216,22 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 EVENTS: Mapping[str, type] = {}
 KEEPER = Interface("vtpm-keeper", OPERATIONS, EVENTS)
+
+
+def check_platform(asked: str, keeper: KeeperStatus) -> None:
+    """Refuse a keeper that was started with another platform TPM than this host is told to use.
+
+    Args:
+        asked: "embedded", or a tpm2-tss TCTI.
+    Raises:
+        ConflictError: it was.
+    """
+    used = "embedded" if keeper.kind is PlatformKind.EMBEDDED else keeper.tcti
+    if asked != used:
+        raise ConflictError(
+            f"the keeper runs with the platform TPM {used!r}, and this manager is to use {asked!r}",
+            next_step="Run `vtpm shutdown` first, or start the manager with the platform TPM that is in use",
+        )
 
 
 class KeeperClient:
@@ -284,6 +326,28 @@ class KeeperClient:
             ConflictError: it is the last one.
         """
         state: PolicyState = self._call("policy_drop", PolicyLabel(label))
+        return state
+
+    def services_pcr(self) -> PcrState:
+        """Return the PCR that the services are measured into, as it is now.
+
+        Raises:
+            ConflictError: this keeper was started with no such PCR.
+            PlatformTpmError: the platform TPM does not answer.
+            UnavailableError: the keeper does not answer.
+        """
+        state: PcrState = self._call("services_pcr", NoArgs())
+        return state
+
+    def measure_services(self, digest: bytes) -> PcrState:
+        """Extend the PCR that the services are measured into; for root and the keeper's own user.
+
+        Raises:
+            AccessDeniedError: another user asks, the manager's too.
+            UsageError: the digest is not of the bank's size.
+            ConflictError, PlatformTpmError, UnavailableError: as services_pcr.
+        """
+        state: PcrState = self._call("measure_services", PcrDigest(digest))
         return state
 
     def new_recovery_key(self) -> str:

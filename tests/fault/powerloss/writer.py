@@ -136,7 +136,7 @@ class PlainTpm:
         return PcrSet(label, selection, (bytes(32),) * len(selection.indexes))
 
     def seal_root(
-        self, root: Secret, first: PcrSet, save: Callable[[SealedBlob], None], *, zero_pcrs: object, fence_pcr: object
+        self, root: Secret, first: PcrSet, save: Callable[[SealedBlob], None], **_rules: object
     ) -> SealedBlob:
         name = b"\0\x0b" + bytes(32)
         index = IndexRef(0x01815650, name)
