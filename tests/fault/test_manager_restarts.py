@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from tests.fault.writer import Writer, closing, data_socket
 from tests.support.host import Host
+from tests.support.processes import short_directory
+from tests.support.swtpm import SwtpmPlatform
 
 RESTARTS = 50
 VTPMS = 8
@@ -15,11 +19,24 @@ LONGEST_STALL_S = 1.0
 """Half of what Linux gives most TPM commands."""
 
 
+@pytest.fixture(params=["embedded", "sealed"])
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """Over the embedded TPM, and over one that the services are measured into at each start."""
+    with ExitStack() as stack:
+        tcti = "embedded"
+        if request.param == "sealed":
+            folder = stack.enter_context(short_directory())
+            platform = stack.enter_context(SwtpmPlatform(folder))
+            platform.extend(0, "firmware")
+            tcti = platform.tcti
+        yield stack.enter_context(Host(tcti))
+
+
 @pytest.mark.timeout(300)
 def test_no_write_fails_or_is_lost_when_the_manager_restarts_under_eight_vtpms(
-    capsys: pytest.CaptureFixture[str],
+    host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Host() as host, host.client() as client:
+    with host.client() as client:
         names = [f"vtpm{number}" for number in range(VTPMS)]
         writers: list[Writer] = []
         for name in names:

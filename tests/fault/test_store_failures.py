@@ -22,8 +22,8 @@ from tests.fault.powerloss.checker import make_file_system
 from tests.fault.writer import TpmGone, Writer, closing, data_socket
 from tests.support.host import Host
 from vtpm.client.manager_client import ManagerClient
+from vtpm.config import MANAGER_UID_OFFSET, load_config
 from vtpm.errors import StoreError, VtpmError
-from vtpm.manager.config import MANAGER_UID_OFFSET, load_config
 from vtpm.wire.api import LifeState
 
 IMAGE_BYTES = 16 << 20

@@ -38,6 +38,7 @@ class Host:
         settings: further lines of the configuration file, in TOML.
         uid_base: a setting; None leaves it out.
         command_prefix: words before the manager's own.
+        programs: folder that has vtpm-managerd and vtpm.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Host:
         settings: str = "",
         uid_base: int | None = 0,
         command_prefix: Sequence[str] = (),
+        programs: Path = BIN,
     ) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="vtpm-host-"))
         # Services of other users must be able to pass.
@@ -63,6 +65,7 @@ class Host:
             self.config.write_text(base + settings)
         self.platform_tpm = platform_tpm
         self._command_prefix = command_prefix
+        self.programs = programs
         self._keep = keep
         self._manager: subprocess.Popen[bytes] | None = None
         self._log = bytearray()
@@ -90,7 +93,7 @@ class Host:
             [
                 *self._command_prefix,
                 *(() if before is None else ("sh", "-c", 'kill -STOP $$; exec "$@"', "sh")),
-                BIN / "vtpm-managerd",
+                self.programs / "vtpm-managerd",
                 *("--config", self.config, "--platform-tpm", self.platform_tpm),
                 *("--state-dir", self.state_dir, "--run-dir", self.run_dir),
             ],
@@ -197,7 +200,7 @@ class Host:
     def cli(self, *arguments: str, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run the `vtpm` command."""
         done = subprocess.run(
-            [BIN / "vtpm", "--socket", self.socket, *arguments],
+            [self.programs / "vtpm", "--socket", self.socket, *arguments],
             capture_output=True,
             text=True,
             timeout=timeout_s,

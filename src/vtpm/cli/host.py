@@ -18,7 +18,7 @@ from vtpm.cli.output import (
     progress,
 )
 from vtpm.cli.session import Session, confirm, json_option, pass_session, yes_option
-from vtpm.wire.api import AuditEvent, LifeState, Status
+from vtpm.wire.api import AuditEvent, LifeState, MeasuredServices, Status
 
 _OFF = frozenset({LifeState.STOPPED, LifeState.MOVED, LifeState.FAILED})
 
@@ -49,6 +49,8 @@ def status(session: Session) -> None:
             ("root key", f"{platform.protection}, {'LOCKED' if platform.locked else 'open'}"),
             ("recovery key", platform.recovery or "none"),
         ]
+    if now.measured is not None:
+        fields.append(("services", _measured_line(now.measured)))
     if now.anchor is not None:
         anchor = now.anchor
         every = f", every {anchor.interval_s} s" if anchor.interval_s else ""
@@ -69,6 +71,12 @@ def status(session: Session) -> None:
     if warnings := status_warnings(now):
         click.echo()
         print_warnings(warnings)
+
+
+def _measured_line(measured: MeasuredServices) -> str:
+    if not measured.pcr:
+        return measured.note
+    return f"{measured.measurement}, measured into PCR {measured.pcr} of {measured.bank}"
 
 
 def status_warnings(now: Status) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,7 +15,10 @@ from vtpm.cli.output import Output, print_fields, print_json, print_line, print_
 from vtpm.cli.prediction import EVENT_LOG, Changes, pcr_indexes, predicted
 from vtpm.cli.session import Session, confirm, json_option, pass_session, yes_option
 from vtpm.errors import UsageError
-from vtpm.wire.api import Policy
+from vtpm.wire.api import MeasuredServices, Policy
+
+if TYPE_CHECKING:
+    from vtpm.client.manager_client import ManagerClient
 
 _MAX_KEY_CHARS = 1024
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,6 +30,7 @@ def changes_options(command: Command) -> Command:
         (
             click.option("--pcr", "pcrs", multiple=True, metavar="N=HEX", help="What a PCR will hold."),
             click.option("--extend", "extends", multiple=True, metavar="N=HEX", help="A digest that will be extended."),
+            click.option("--services", is_flag=True, help="The services will be those installed with this command."),
             click.option(
                 "--efi", multiple=True, metavar="OLD=NEW", help="Files: what the firmware starts now, and will start."
             ),
@@ -59,9 +63,10 @@ def show_policy(session: Session) -> None:
 @pass_session
 def predict(session: Session, /, **changes: Any) -> None:
     """Print the PCR values that `allow` would allow with the same options; changes nothing."""
+    asked = Changes(**changes)
     with session.connect() as manager:
-        state = manager.policy()
-    values = predicted(state, Changes(**changes))
+        state, measured = manager.policy(), _measured(manager, asked)
+    values = predicted(state, asked, measured)
     indexes = pcr_indexes(state.selection)
     if session.output is Output.JSON:
         print_json(dict(zip((str(index) for index in indexes), values, strict=True)))
@@ -82,8 +87,9 @@ def predict(session: Session, /, **changes: Any) -> None:
 @pass_session
 def allow(session: Session, /, label: str, **changes: Any) -> None:
     """Allow a further set of PCR values, under the name LABEL; without options, those of now."""
+    asked = Changes(**changes)
     with session.connect() as manager:
-        values = predicted(manager.policy(), Changes(**changes))
+        values = predicted(manager.policy(), asked, _measured(manager, asked))
         _print_policy(manager.policy_allow(label, values), session.output)
 
 
@@ -177,6 +183,11 @@ def recover(session: Session, key_file: Path, yes: bool) -> None:
         print_json(status)
     else:
         print_line("recovered: the root key is sealed to the platform TPM as it is now")
+
+
+def _measured(manager: ManagerClient, changes: Changes) -> MeasuredServices | None:
+    """Return what is known of the services of now, where the prediction needs it."""
+    return manager.status().measured if changes.services else None
 
 
 def _print_policy(state: Policy, output: Output) -> None:

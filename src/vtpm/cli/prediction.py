@@ -6,15 +6,17 @@ The event log of this boot, where one is needed, must account for what the PCRs 
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtpm.errors import ProtocolError, UsageError
-from vtpm.wire.api import Policy
+from vtpm.errors import ConflictError, ProtocolError, UnavailableError, UsageError
+from vtpm.wire.api import MeasuredServices, Policy
 
 EVENT_LOG = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
 BOOT_LOADER_PCR = 4
+_MEASURE_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Changes:
     Args:
         pcrs: words N=HEX, values that PCRs will hold.
         extends: words N=HEX, digests that will be extended.
+        services: whether they will be those that are installed with this command.
         efi: words OLD=NEW, files of EFI applications that the firmware starts.
         event_log: of this boot.
     """
 
     pcrs: tuple[str, ...] = ()
     extends: tuple[str, ...] = ()
+    services: bool = False
     efi: tuple[str, ...] = ()
     event_log: Path = EVENT_LOG
 
@@ -39,11 +43,15 @@ def pcr_indexes(selection: str) -> list[int]:
     return [int(index) for index in selection.partition(":")[2].split(",")]
 
 
-def predicted(state: Policy, changes: Changes) -> list[str]:
+def predicted(state: Policy, changes: Changes, measured: MeasuredServices | None = None) -> list[str]:
     """Return the values, hex in the selection's order, that follow from those of now and the changes.
 
+    Args:
+        measured: what is known of the services of now, for `changes.services`.
     Raises:
         UsageError: a word is not of its form, names a PCR that is not in the selection, or a file that cannot be read.
+        ConflictError: what the services' PCR holds before they are measured is not known.
+        UnavailableError: the services that are installed cannot be measured.
         PlatformTpmError: the event log does not account for what the PCRs hold.
     """
     from vtpm.tpm.hash_algorithms import HashAlgorithm, extend
@@ -53,6 +61,9 @@ def predicted(state: Policy, changes: Changes) -> list[str]:
     values = {index: bytes.fromhex(value) for index, value in now}
     if changes.efi:
         values[BOOT_LOADER_PCR] = _with_other_applications(changes, bank, values)
+    if changes.services:
+        index, value = _with_installed_services(measured, bank, values)
+        values[index] = value
     for index, value in (_assignment("--pcr", word, values) for word in changes.pcrs):
         values[index] = value
     for index, value in (_assignment("--extend", word, values) for word in changes.extends):
@@ -85,6 +96,36 @@ def _with_other_applications(changes: Changes, bank: str, values: Mapping[int, b
         raise UsageError(f"{changes.event_log} is no event log: {error.message}") from error
     held = {BOOT_LOADER_PCR: values[BOOT_LOADER_PCR]}
     return predict_pcrs(log, algorithm, held, replacements).values[BOOT_LOADER_PCR]
+
+
+def _with_installed_services(
+    measured: MeasuredServices | None, bank: str, values: Mapping[int, bytes]
+) -> tuple[int, bytes]:
+    """Return the services' PCR, and what it will hold once those installed here were started after a reboot."""
+    import subprocess
+
+    from vtpm.measurement.record import predict
+
+    if measured is None or not measured.pcr:
+        raise UsageError("--services: the services of this host are not measured", next_step="See vtpm status")
+    if measured.note:
+        raise ConflictError(f"--services: what the PCR holds after a reboot is not known: {measured.note}")
+    if measured.bank != bank:
+        raise UsageError(f"--services: they are measured into {measured.bank}, and the root key is sealed under {bank}")
+    if measured.pcr not in values:
+        raise UsageError(f"--services changes PCR {measured.pcr}, which the root key is not sealed under")
+    # In an interpreter that is started as services are: this one's import path may have more.
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "vtpm.measurement.closure"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_MEASURE_TIMEOUT_S,
+    )
+    if done.returncode:
+        raise UnavailableError(f"the services installed here cannot be measured: {done.stderr.strip()[-500:]}")
+    return measured.pcr, predict(bank, bytes.fromhex(measured.start), (done.stdout.strip(),))
 
 
 def _application_digest(path: Path, algorithm: str) -> bytes:

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vtpm.confine import kernel
+from vtpm.confine.interpreter import cache_options
 from vtpm.confine.report import MAX_REPORT_BYTES, Report, decode_report, encode_failure
 from vtpm.confine.spec import ConfinementSpec, UserNamespace, encode_spec
 from vtpm.confine.steps import namespace_inodes
@@ -288,7 +289,9 @@ def _become(plan: _Plan) -> NoReturn:
         placed = True
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-        os.execve(interpreter, [interpreter, "-I", "-S", "-B", "-c", BOOTSTRAP, *plan.arguments], {})  # noqa: S606
+        # Compiled files are written only where this boot's measured ones are kept, and not after privileges are gone.
+        options = cache_options() or ("-B",)
+        os.execve(interpreter, [interpreter, "-I", "-S", *options, "-c", BOOTSTRAP, *plan.arguments], {})  # noqa: S606
     except (OSError, ConfinementError) as error:
         failure = ConfinementError(f"the confinement program could not be started: {error}")
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
+from vtpm.confine.interpreter import cache_options
 from vtpm.errors import PlatformTpmError
 from vtpm.platform_tpm.platform_tpm import DEFAULT_TIMEOUT_S, PlatformTpm
 from vtpm.wire.keeper import PlatformKind, Protection
@@ -171,7 +172,7 @@ class EmbeddedPlatform:
                 self._own(log.fileno())
                 self._child = subprocess.Popen(
                     [
-                        *(sys.executable, "-I", "-m", "vtpm.embedded_tpm"),
+                        *(sys.executable, "-I", *cache_options(), "-m", "vtpm.embedded_tpm"),
                         *("--socket", os.fspath(self._socket_path)),
                         *("--state-dir", os.fspath(self._state_dir)),
                         *("--ready-fd", str(ready_fd)),

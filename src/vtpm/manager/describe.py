@@ -20,6 +20,7 @@ from vtpm.wire.api import (
     DomainName,
     LifeState,
     Lockout,
+    MeasuredServices,
     Owner,
     PlatformStatus,
     ProtectionStatus,
@@ -86,6 +87,7 @@ def status(
     protections: Sequence[ProtectionLine],
     stats: AnchorStats | None,
     trouble: VtpmError | None,
+    measured: MeasuredServices,
 ) -> Status:
     """Describe the host; a service that does not answer, and a vault that is not open, are given as their errors."""
     warnings = [f"The vault is not open: {trouble}"] if trouble else []
@@ -123,6 +125,13 @@ def status(
             warnings.append("The launcher is not root: all vTPMs run under one user id, in namespaces of their own")
     if stats is not None and stats.failure:
         warnings.append(f"The anchor could not be moved: {stats.failure}")
+    if measured.note.startswith("NOT MEASURED") or (measured.pcr and measured.note):
+        warnings.append(f"The services are not vouched for: {measured.note}")
+    elif measured.count > 1:
+        warnings.append(
+            "The services were upgraded in this boot: once the keeper ends, the root key opens only if that is "
+            "allowed. Before a reboot: vtpm policy allow LABEL --services"
+        )
     return Status(
         version=importlib.metadata.version("vtpm"),
         api_version=API_VERSION,
@@ -135,6 +144,7 @@ def status(
         services=services,
         confinement=[ProtectionStatus(line.step, line.status, line.why) for line in protections],
         warnings=list(dict.fromkeys(warnings)),
+        measured=measured,
     )
 
 

@@ -1,8 +1,10 @@
-"""vtpm-managerd: entry of the manager. Starts what is missing, drops privileges, takes up what runs, serves the API."""
+"""The manager: starts what is missing, drops privileges, takes up what runs, serves the API.
+
+`vtpm-managerd` is the starter, which measures the services where there is a TPM to measure into, and becomes this.
+"""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
@@ -10,19 +12,19 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
+from vtpm.config import Config, read_arguments
 from vtpm.confine.service import become, forbid_dumps, lock_memory
 from vtpm.confine.title import set_title
 from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
 from vtpm.manager.backups import BackupService
-from vtpm.manager.config import Config, load_config
+from vtpm.manager.measured import measured_services
 from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.manager.services import Layout, lay_out, make_run_dir, start_services
-from vtpm.manager.storage import Storage, open_storage
+from vtpm.manager.storage import Storage, anchor_policy, open_storage
 from vtpm.vault.records import Event
 from vtpm.wire.api import MANAGER_SOCKET
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
@@ -37,27 +39,19 @@ _log = logging.getLogger("vtpm.manager")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the manager until SIGTERM or SIGINT, which end the manager alone; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="vtpm-managerd", description="Manages the virtual TPMs of this host, in the foreground."
-    )
-    parser.add_argument("--config", type=Path, help="TOML file of settings")
-    parser.add_argument("--state-dir", type=Path, help="what must last (root: /var/lib/vtpm)")
-    parser.add_argument("--run-dir", type=Path, help="sockets (root: /run/vtpm)")
-    parser.add_argument("--platform-tpm", help="embedded, or a TCTI such as device:/dev/tpmrm0")
-    args = parser.parse_args(argv)
     set_up_logging("vtpm-managerd")
     try:
-        config = load_config(
-            args.config,
-            {"state_dir": args.state_dir, "run_dir": args.run_dir, "platform_tpm": args.platform_tpm},
-        )
+        # At once: what the starter becomes has the interpreter's name.
+        set_title("vtpm-managerd")
+        config = read_arguments(sys.argv[1:] if argv is None else argv)
         make_run_dir(config)
         lock = ServiceLock(config.run_dir, "manager")
         layout = lay_out(config)
         # Whoever connects is known by SO_PEERCRED, and what they may do follows from that.
         listener = bind_unix_socket(config.run_dir / MANAGER_SOCKET, socket.SOCK_STREAM, mode=0o666)
-        start_services(config, layout)
-        set_title("vtpm-managerd")
+        if start_services(config, layout) and sys.pycache_prefix:
+            # While its compiled form can still be kept: that takes root, and nobody waits for this manager yet.
+            _load_api()
         lock_memory()
         become("vtpm-managerd", layout.manager_uid, layout.manager_gid)
         forbid_dumps()
@@ -71,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _serve(config: Config, layout: Layout, listener: socket.socket) -> None:
     def open_vault(accepting: Event | None) -> Storage:
-        return open_storage(layout.vault_dir, config.run_dir, config.anchor_policy, accepting)
+        return open_storage(layout.vault_dir, config.run_dir, anchor_policy(config), accepting)
 
-    service = ManagerService(config.run_dir, config.state_dir, open_vault)
+    service = ManagerService(config.run_dir, config.state_dir, open_vault, measured_services(config))
     try:
         await service.begin()
         # Slow to load, so that what runs has been taken up by now, and its saves are answered meanwhile.

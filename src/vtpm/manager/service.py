@@ -31,7 +31,7 @@ from vtpm.manager.storage import Storage, VaultDoor
 from vtpm.tpm.types import Startup, VtpmId
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
-from vtpm.wire.api import CreateVtpm, LifeState, Lockout, ShutDown, Status, Vtpm
+from vtpm.wire.api import CreateVtpm, LifeState, Lockout, MeasuredServices, ShutDown, Status, Vtpm
 from vtpm.wire.keeper import KeeperClient, KeeperStatus
 from vtpm.wire.launcher import (
     Ended,
@@ -64,11 +64,19 @@ class ManagerService:
     Args:
         run_dir, state_dir: the services' directories.
         open_storage: opens the vault, blocking; with an event, as the operator's decision to take it as it is.
+        measured: what was measured of the services.
     """
 
-    def __init__(self, run_dir: Path, state_dir: Path, open_storage: Callable[[Event | None], Storage]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        state_dir: Path,
+        open_storage: Callable[[Event | None], Storage],
+        measured: MeasuredServices,
+    ) -> None:
         self.run_dir = run_dir
         self.state_dir = state_dir
+        self.measured = measured
         self.running: dict[VtpmId, Running] = {}
         self.launcher = LauncherLink(run_dir, self._on_launcher_event, self._on_launcher_gone, self._on_launcher_back)
         self.door = VaultDoor(open_storage, self._reconcile)
@@ -327,6 +335,7 @@ class ManagerService:
             protections,
             stats,
             trouble,
+            self.measured,
         )
 
     # -- starting and stopping --------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from vtpm.errors import ConflictError, UnavailableError, UsageError
-from vtpm.manager.config import (
+from vtpm.config import (
     INSTANCE_UID_OFFSET,
     KEEPER_UID_OFFSET,
     MANAGER_UID_OFFSET,
@@ -25,7 +24,9 @@ from vtpm.manager.config import (
     default_uid_base,
     is_default_uid_base,
 )
-from vtpm.wire.keeper import KeeperClient, KeeperStatus, PlatformKind
+from vtpm.confine.interpreter import ENVIRONMENT, cache_options
+from vtpm.errors import UnavailableError, UsageError
+from vtpm.wire.keeper import KeeperClient, check_platform
 from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs
 from vtpm.wire.packet_socket import PacketClient
 
@@ -111,8 +112,11 @@ def _make_directory(path: Path, mode: int, owner: int | None) -> None:
         raise UnavailableError(f"the directory {path} cannot be made or changed: {error.strerror}") from error
 
 
-def start_services(config: Config, layout: Layout) -> None:
+def start_services(config: Config, layout: Layout) -> bool:
     """Start launcher and keeper where they do not answer. They outlive this process.
+
+    Returns:
+        whether the launcher was started: then no instance runs, and nobody waits for this manager.
 
     Raises:
         VtpmError: one did not come up; the message has the last line of its log.
@@ -121,7 +125,7 @@ def start_services(config: Config, layout: Layout) -> None:
     keeper = KeeperClient(config.run_dir, timeout_s=START_TIMEOUT_S)
     run_dir = str(config.run_dir)
     try:
-        _ensure(
+        _, launcher_started = _ensure(
             "vtpm-launcher",
             lambda: launcher.call("status", NoArgs(), timeout_s=START_TIMEOUT_S),
             [
@@ -133,7 +137,7 @@ def start_services(config: Config, layout: Layout) -> None:
             ],
             layout.log_dir,
         )
-        status = _ensure(
+        status, _ = _ensure(
             "vtpm-keeper",
             keeper.status,
             [
@@ -141,47 +145,39 @@ def start_services(config: Config, layout: Layout) -> None:
                 *("--run-dir", run_dir),
                 *("--state-dir", str(layout.keeper_dir)),
                 *("--platform-tpm", config.platform_tpm),
-                *("--pcrs", config.pcrs),
+                *("--pcrs", config.root_pcrs),
                 *("--zero-pcrs", config.zero_pcrs),
                 *(("--fence-pcr", str(config.fence_pcr)) if config.fence_pcr else ()),
+                *(("--services-pcr", str(config.services_pcr)) if config.measures else ()),
                 *("--manager-uid", str(layout.manager_uid)),
                 *("--uid", str(layout.keeper_uid)),
                 *("--gid", str(layout.keeper_uid)),
             ],
             layout.log_dir,
         )
-        _check_platform(config, status)
+        check_platform(config.platform_tpm, status)
+        return launcher_started
     finally:
         launcher.close()
         keeper.close()
 
 
-def _check_platform(config: Config, keeper: KeeperStatus) -> None:
-    """Refuse a keeper that was started with another platform TPM than this manager is told to use."""
-    asked, used = config.platform_tpm, "embedded" if keeper.kind is PlatformKind.EMBEDDED else keeper.tcti
-    if asked != used:
-        raise ConflictError(
-            f"the keeper runs with the platform TPM {used!r}, and this manager is to use {asked!r}",
-            next_step="Run `vtpm shutdown` first, or start the manager with the platform TPM that is in use",
-        )
-
-
-def _ensure(name: str, ask: Callable[[], T], command: Sequence[str], log_dir: Path) -> T:
-    """Return what a service answers, which is started if it does not."""
+def _ensure(name: str, ask: Callable[[], T], command: Sequence[str], log_dir: Path) -> tuple[T, bool]:
+    """Return what a service answers, and whether it was started because it did not."""
     with contextlib.suppress(UnavailableError):
-        return ask()
+        return ask(), False
     log = log_dir / f"{name}.log"
     with log.open("ab") as log_file:
         begin = log_file.tell()
         # The child gets its whole command line here; nothing of it is secret.
         child = subprocess.Popen(
-            [sys.executable, "-I", "-m", *command],
+            [sys.executable, "-I", *cache_options(), "-m", *command],
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=log_file,
             start_new_session=True,
             close_fds=True,
-            env={"PATH": os.environ.get("PATH", os.defpath)},
+            env={"PATH": os.defpath, **ENVIRONMENT},
             cwd="/",
         )
     pidfd = os.pidfd_open(child.pid)
@@ -199,7 +195,7 @@ def _ensure(name: str, ask: Callable[[], T], command: Sequence[str], log_dir: Pa
             else:
                 # It is not waited for: it outlives this process, and init takes it over.
                 child.returncode = 0
-                return answer
+                return answer, True
     finally:
         os.close(pidfd)
     child.kill()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from vtpm.config import EMBEDDED, Config
 from vtpm.errors import ConflictError, StateError, UnavailableError, VtpmError
 from vtpm.secret import Secret
 from vtpm.vault.anchor import AnchorPolicy, AnchorStats
@@ -71,6 +72,12 @@ class KeeperAnchor:
                     f"the platform TPM has anchored {there}, so the store's {value} is not the newest",
                     next_step="Another manager wrote to this store's anchor: keep the files, and start no vTPM",
                 ) from error
+
+
+def anchor_policy(config: Config) -> AnchorPolicy:
+    """Return when changes are anchored in the platform TPM."""
+    each = config.anchor == "each-commit" or (config.anchor == "auto" and config.platform_tpm == EMBEDDED)
+    return AnchorPolicy(None if each else float(config.anchor_interval_s))
 
 
 def open_storage(vault_dir: Path, run_dir: Path, policy: AnchorPolicy, accepting: Event | None = None) -> Storage:

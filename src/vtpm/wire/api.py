@@ -328,6 +328,26 @@ class ProtectionStatus:
 
 
 @dataclass(frozen=True)
+class MeasuredServices:
+    """What was measured of the services into the platform TPM, before they ran.
+
+    Args:
+        bank, pcr: where to; empty and 0 when they were not measured.
+        measurement: SHA-256 in hex, over all that they execute; the manager that answers is part of it.
+        start: what the PCR held before, in hex.
+        count: how many kinds of services were measured in this boot: 2 after one upgrade.
+        note: why they were not measured, or what is wrong.
+    """
+
+    bank: str = ""
+    pcr: int = 0
+    measurement: str = ""
+    start: str = ""
+    count: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Status:
     """What `vtpm status` shows. `platform` is None when the keeper does not answer, `anchor` when no store is open."""
 
@@ -342,6 +362,7 @@ class Status:
     services: list[ServiceStatus] = field(default_factory=list)
     confinement: list[ProtectionStatus] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    measured: MeasuredServices | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.host import Host
-from vtpm.manager.config import UID_BASE, default_uid_base, is_default_uid_base
+from vtpm.config import UID_BASE, default_uid_base, is_default_uid_base
 
 pytestmark = pytest.mark.timeout(120)
 

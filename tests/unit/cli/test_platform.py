@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 
 from tests.unit.cli.conftest import Cli
 from tests.unit.client.canned_manager import FINGERPRINT, PCR_0, PCR_7, PUBLIC_KEY, RECOVERY_KEY, STATUS, CannedManager
+from vtpm.measurement.record import predict
 from vtpm.tpm import authenticode
 from vtpm.tpm.event_log import parse_event_log
 from vtpm.tpm.hash_algorithms import HashAlgorithm
-from vtpm.wire.api import PcrSet, Policy
+from vtpm.wire.api import MeasuredServices, PcrSet, Policy
 
 VALUE = "ab" * 32
 
@@ -111,6 +113,39 @@ def test_recover_takes_the_key_from_a_file_or_standard_input(
     assert manager.recovered_with == RECOVERY_KEY
     for unreadable in (tmp_path, tmp_path / "absent"):
         assert cli("recover", "--key-file", str(unreadable), "--yes").status == 2
+
+
+def test_services_of_the_next_boot_are_predicted_as_installed_when_asked(
+    cli: Cli, manager: CannedManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, measurement = bytes(range(32)), "5e" * 32
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, f"{measurement}\n", ""))
+    manager.policy = Policy("sha256:7,13", [PcrSet("set-up", [PCR_7, VALUE], True)], [PCR_7, VALUE])
+    manager.status = replace(STATUS, measured=MeasuredServices("sha256", 13, VALUE, start.hex(), 1))
+    expected = predict("sha256", start, (measurement,)).hex()
+    assert json.loads(cli("policy", "predict", "--services", "--json").out) == {"7": PCR_7, "13": expected}
+    assert cli("policy", "allow", "next", "--services", "--pcr", f"7={VALUE}").status == 0
+    assert manager.policy.sets[1].values == [VALUE, expected]
+
+
+@pytest.mark.parametrize(
+    ("measured", "status", "words"),
+    [
+        (None, 2, "are not measured"),
+        (MeasuredServices(note="not measured: services_pcr is 0"), 2, "are not measured"),
+        (MeasuredServices("sha256", 13, VALUE, VALUE, 1, "it held something else"), 4, "it held something else"),
+        (MeasuredServices("sha384", 7, VALUE, VALUE, 1), 2, "sealed under sha256"),
+        (MeasuredServices("sha256", 13, VALUE, VALUE, 1), 2, "PCR 13, which the root key is not sealed under"),
+    ],
+)
+def test_services_of_the_next_boot_are_refused_when_their_pcr_cannot_be_known_or_does_not_count(
+    cli: Cli, manager: CannedManager, measured: MeasuredServices | None, status: int, words: str
+) -> None:
+    manager.status = replace(STATUS, measured=measured)
+    refused = cli("policy", "allow", "next", "--services")
+    assert refused.status == status
+    assert words in refused.err
+    assert len(manager.policy.sets) == 1
 
 
 LOGS = Path(__file__).parents[2] / "vectors" / "eventlog"

@@ -25,7 +25,7 @@ from vtpm.vault.committer import Committer
 from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.vault import Vault
-from vtpm.wire.api import LifeState
+from vtpm.wire.api import LifeState, MeasuredServices
 from vtpm.wire.launcher import InstanceInfo, Instances, NoArgs, Replaced, VtpmArgs
 
 pytestmark = pytest.mark.timeout(30)
@@ -67,7 +67,7 @@ def _storage(folder: Path) -> Storage:
 
 def _run(folder: Path, test: Callable[[ManagerService, _Launcher], Awaitable[None]]) -> None:
     async def run() -> None:
-        service = ManagerService(folder, folder, lambda _: _storage(folder))
+        service = ManagerService(folder, folder, lambda _: _storage(folder), MeasuredServices())
         launcher = _Launcher()
         service.launcher = launcher  # type: ignore[assignment]
         try:

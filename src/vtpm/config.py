@@ -1,17 +1,20 @@
-"""The manager's settings: command line over TOML file over defaults that work. Pure but for reading."""
+"""The host's settings: command line over TOML file over defaults that work. Pure but for reading.
+
+For the programs that are started by hand: the starter and the manager, which must agree on them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vtpm.errors import UsageError
-from vtpm.vault.anchor import AnchorPolicy
 from vtpm.wire.paths import default_run_dir, default_state_dir
 
 UID_BASE = 0x76740000
@@ -21,6 +24,9 @@ UID_BLOCKS = 1024
 MANAGER_UID_OFFSET = 1
 KEEPER_UID_OFFSET = 2
 INSTANCE_UID_OFFSET = 0x100
+EMBEDDED = "embedded"
+DEFAULT_PCRS = "sha256:0,2,4,7"
+"""Firmware code, option ROMs, boot loader, Secure Boot state: TCG PC Client Platform Firmware Profile."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Config:
         state_dir: what must last.
         run_dir: sockets.
         platform_tpm: "embedded", or a tpm2-tss TCTI such as "device:/dev/tpmrm0".
-        pcrs: PCRs that the root key is sealed under, at the first start.
+        pcrs: PCRs that the root key is sealed under, at the first start; empty: see `root_pcrs`.
+        services_pcr: PCR of a hardware TPM that the services are measured into before they run; 0: they are not.
         zero_pcrs: "refuse" or "warn": what to do with a hardware TPM whose PCRs are all zero at set-up.
         fence_pcr: PCR, one of `pcrs`, that is extended once the root key is open; 0 for no fence.
         anchor: "each-commit", "interval", or "auto": the first for the embedded TPM, the second for hardware's wear.
@@ -44,7 +51,8 @@ class Config:
     state_dir: Path
     run_dir: Path
     platform_tpm: str = "embedded"
-    pcrs: str = "sha256:0,2,4,7"
+    pcrs: str = ""
+    services_pcr: int = 13
     zero_pcrs: str = "refuse"
     fence_pcr: int = 0
     anchor: str = "auto"
@@ -54,14 +62,45 @@ class Config:
     create_gids: tuple[int, ...] = ()
 
     @property
-    def anchor_policy(self) -> AnchorPolicy:
-        """When changes are anchored in the platform TPM."""
-        embedded = self.platform_tpm == "embedded"
-        each = self.anchor == "each-commit" or (self.anchor == "auto" and embedded)
-        return AnchorPolicy(None if each else float(self.anchor_interval_s))
+    def measures(self) -> bool:
+        """Whether the services are measured: not into the embedded TPM, which protects nothing."""
+        return self.services_pcr != 0 and self.platform_tpm != EMBEDDED
+
+    @property
+    def root_pcrs(self) -> str:
+        """PCRs for a new root key: those that are set, or the firmware's, and the services' where they are measured."""
+        return self.pcrs or (f"{DEFAULT_PCRS},{self.services_pcr}" if self.measures else DEFAULT_PCRS)
+
+    @property
+    def bank(self) -> str:
+        """Bank of the PCRs, such as "sha256"."""
+        return self.root_pcrs.partition(":")[0]
 
 
 _CHOICES = {"zero_pcrs": ("refuse", "warn"), "anchor": ("auto", "each-commit", "interval")}
+_MAY_BE_ZERO = ("fence_pcr", "services_pcr")
+_NEVER_RESET = range(1, 16)
+"""PCRs that only a reset of the platform resets, but for the firmware's own.
+Spec: TCG PC Client Platform TPM Profile, PCR attributes."""
+
+
+def read_arguments(arguments: Sequence[str]) -> Config:
+    """Read the command line of vtpm-managerd, and the file that it names.
+
+    Raises:
+        UsageError: as load_config.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vtpm-managerd", description="Manages the virtual TPMs of this host, in the foreground."
+    )
+    parser.add_argument("--config", type=Path, help="TOML file of settings")
+    parser.add_argument("--state-dir", type=Path, help="what must last (root: /var/lib/vtpm)")
+    parser.add_argument("--run-dir", type=Path, help="sockets (root: /run/vtpm)")
+    parser.add_argument("--platform-tpm", help="embedded, or a TCTI such as device:/dev/tpmrm0")
+    args = parser.parse_args(arguments)
+    return load_config(
+        args.config, {"state_dir": args.state_dir, "run_dir": args.run_dir, "platform_tpm": args.platform_tpm}
+    )
 
 
 def default_uid_base(state_dir: Path) -> int:
@@ -94,7 +133,20 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     if "run_dir" not in given:
         given["run_dir"] = default_run_dir(uid, os.environ)
     given |= {name: given[name].absolute() for name in ("state_dir", "run_dir")}
-    return Config(**given)
+    config = Config(**given)
+    _check_services_pcr(config)
+    return config
+
+
+def _check_services_pcr(config: Config) -> None:
+    index = config.services_pcr
+    if index and index not in _NEVER_RESET:
+        raise UsageError(
+            f"services_pcr cannot be {index}: a PCR from 1 to 15 is reset by a reboot alone",
+            next_step="Leave it at 13, or name one that nothing else extends while the host runs",
+        )
+    if config.measures and index == config.fence_pcr:
+        raise UsageError(f"services_pcr and fence_pcr cannot both be {index}", next_step="Use 13 and 12")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -116,7 +168,8 @@ def _setting(path: Path, name: str, value: object, kind: str | None) -> object:
         return Path(value)
     if kind == "str" and isinstance(value, str) and value in _CHOICES.get(name, (value,)):
         return value
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31 - 2**17:
+    least = 0 if name in _MAY_BE_ZERO else 1
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31 - 2**17:
         return value
     if kind.startswith("tuple") and isinstance(value, list) and all(type(entry) is int for entry in value):
         return tuple(value)
