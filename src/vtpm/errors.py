@@ -111,3 +111,10 @@ class DomainError(VtpmError):
 
     code = "domain"
     exit_status = 13
+
+
+class ImageError(VtpmError):
+    """The image of a vTPM's virtual machine is not what it must be, or cannot be built."""
+
+    code = "image"
+    exit_status = 14

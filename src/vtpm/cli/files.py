@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -61,6 +62,28 @@ class NewFile:
         if not self._filled:
             with contextlib.suppress(OSError):
                 self._path.unlink()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in the place of a file that anybody may read: all of it, or the old content stays.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            draft = Path(file.name)
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                draft.chmod(0o644)
+                draft.replace(path)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise StoreError(f"the file {path} cannot be written: {error.strerror}") from error
 
 
 def read_bytes(what: str, path: Path, max_bytes: int) -> bytes:

@@ -13,6 +13,7 @@ import click
 
 from vtpm.cli.backups import export, import_vtpm
 from vtpm.cli.host import completion, events, shutdown, status
+from vtpm.cli.images import image
 from vtpm.cli.output import Output, print_error
 from vtpm.cli.platform import policy, recover, recovery_key
 from vtpm.cli.run import run
@@ -22,7 +23,7 @@ from vtpm.errors import UsageError, VtpmError
 
 _COMMANDS = (
     *(status, create, start, stop, delete, list_vtpms, show, events, run, export, import_vtpm, migrate),
-    *(policy, recovery_key, recover, shutdown, completion),
+    *(policy, recovery_key, recover, image, shutdown, completion),
 )
 
 

@@ -37,6 +37,9 @@ _DECLARATIONS = """
     uint32_t vtpm_reset_established(uint32_t locality);
     bool vtpm_has_set_profile(void);
     bool vtpm_has_was_manufactured(void);
+    int vtpm_mount(const char *kind, const char *place);
+    int vtpm_load_module(int fd);
+    int vtpm_power_off(void);
     void *malloc(size_t);
     void free(void *);
 
