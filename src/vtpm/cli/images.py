@@ -1,4 +1,4 @@
-"""Commands on images of vTPMs' virtual machines: build, list, show, lock; with their caller's rights, without a manager.
+"""Commands on images of vTPMs' virtual machines: build, list, show, lock; with their caller's rights, no manager.
 
 The builder is imported when used, as whatever other commands do not need.
 """

@@ -31,8 +31,8 @@ _STDLIB = "usr/lib/python3.11"
 _OWN_FOLDER = "/usr/lib/vtpm"
 _MODULE_FOLDER = "/lib/modules"
 _MOUNT_POINTS = ("/dev", "/proc", "/sys", f"/{_STDLIB}/lib-dynload")
-# One megabyte of window, which the kernel must have beside the archive while it unpacks in little memory.
-_ZSTD = ("-q", "-19", "--single-thread", "--zstd=wlog=20", "-c")
+# The kernel reads LZ4's legacy form. Unpacked faster than zstd's by a fifth of a second under emulation; docs/images.md.
+_LZ4 = ("-q", "-l", "-12", "-c")
 # -I -S: nothing of the environment, no site-packages. The collector would find no garbage among what is imported.
 _INIT = """#!/{interpreter} -ISB
 import gc, sys
@@ -112,7 +112,7 @@ def _build(
 
     report("packing")
     unpacked = archive({path: piece.file for path, piece in pieces.items()}, _MOUNT_POINTS)
-    initramfs = tools.run("usr/bin/zstd", *_ZSTD, stdin=unpacked)
+    initramfs = tools.run("usr/bin/lz4", *_LZ4, stdin=unpacked)
     release = lock.kernel.removeprefix("linux-image-")
     kernel = (root / f"boot/vmlinuz-{release}").read_bytes()
     described = manifest.Manifest(
