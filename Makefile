@@ -16,9 +16,9 @@ APT_RUN := python3-venv python3-dev gcc libffi-dev libtpms-dev libtss2-dev pkg-c
 #   strace                                     tests of durability look at system calls
 #   systemd-boot-efi                           EFI stub of guests' unified kernel images; objcopy comes with gcc
 #   osslsigncode                               peer for Authenticode digests
-#   procps util-linux dpkg cpio                ps, setpriv and unshare, and unpacking the guests' kernel
+#   procps util-linux dpkg cpio lz4            ps, setpriv and unshare, and unpacking kernels and images
 APT_TEST := qemu-system-x86 ovmf seabios tpm2-tools busybox-static kmod swtpm swtpm-tools strace \
-  systemd-boot-efi osslsigncode procps util-linux cpio linux-libc-dev
+  systemd-boot-efi osslsigncode procps util-linux cpio lz4 linux-libc-dev
 
 .PHONY: install demo test soak bench lint clean always
 

@@ -31,7 +31,7 @@ _STDLIB = "usr/lib/python3.11"
 _OWN_FOLDER = "/usr/lib/vtpm"
 _MODULE_FOLDER = "/lib/modules"
 _MOUNT_POINTS = ("/dev", "/proc", "/sys", f"/{_STDLIB}/lib-dynload")
-# The kernel reads LZ4's legacy form. Unpacked faster than zstd's by a fifth of a second under emulation; docs/images.md.
+# The kernel reads LZ4's legacy form; under emulation it unpacks a fifth of a second faster than zstd's.
 _LZ4 = ("-q", "-l", "-12", "-c")
 # -I -S: nothing of the environment, no site-packages. The collector would find no garbage among what is imported.
 _INIT = """#!/{interpreter} -ISB

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from vtpm.client.manager_client import default_socket
 from vtpm.errors import UsageError
-from vtpm.wire.paths import default_run_dir, default_state_dir
+from vtpm.wire.paths import default_cache_dir, default_image_dir, default_run_dir, default_state_dir
 
 XDG = {"XDG_RUNTIME_DIR": "/run/user/1000", "XDG_STATE_HOME": "/home/u/state", "HOME": "/home/u"}
 
@@ -33,6 +34,23 @@ def test_a_user_gets_an_error_with_a_next_step_when_no_runtime_directory_is_usab
     with pytest.raises(UsageError, match="XDG_RUNTIME_DIR") as caught:
         default_run_dir(1000, environ)
     assert "--socket" in caught.value.next_step
+
+
+def test_images_and_cache_are_where_each_kind_of_user_has_such() -> None:
+    environ = {"HOME": "/home/u", "XDG_CACHE_HOME": "/c", "XDG_DATA_HOME": "relative"}
+    assert default_image_dir(0, environ) == Path("/var/lib/vtpm/images")
+    assert default_cache_dir(0, environ) == Path("/var/cache/vtpm")
+    assert default_image_dir(1000, environ) == Path("/home/u/.local/share/vtpm/images")
+    assert default_cache_dir(1000, environ) == Path("/c/vtpm")
+
+
+@pytest.mark.parametrize("place", [default_image_dir, default_cache_dir, default_state_dir])
+def test_a_user_is_told_how_to_name_the_place_when_there_is_no_home_at_all(
+    place: Callable[[int, Mapping[str, str]], Path],
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        place(1000, {})
+    assert "DIR" in raised.value.next_step
 
 
 def test_a_user_gets_an_error_when_there_is_no_home() -> None:

@@ -1,0 +1,1 @@
+"""Images to test and measure with: built from a copy of the sources, booted under emulation."""

@@ -1,0 +1,77 @@
+"""Builds images with the command, from a copy of this checkout's sources whose entry is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from vtpm.image.definition import LOCK_FILE
+
+ROOT = Path(__file__).parents[3]
+CACHE = ROOT / ".cache" / "image-packages"
+STAND_IN = ROOT / "tests/integration/image/fixture/vm_main.py"
+BUILD_TIMEOUT_S = 110
+
+
+def copy_sources(place: Path) -> Path:
+    """Copy the sources below `place`, with the stand-in as entry; return the folder that holds the package vtpm."""
+    source = place / "src"
+    shutil.copytree(ROOT / "src" / "vtpm", source / "vtpm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(STAND_IN, source / "vtpm" / "instance" / "vm_main.py")
+    return source
+
+
+def build(
+    source: Path,
+    images: Path,
+    *,
+    lock: Path = LOCK_FILE,
+    cache: Path = CACHE,
+    environ: Mapping[str, str] | None = None,
+    umask: int = -1,
+    before: tuple[str, ...] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Run `vtpm image build` of the copied sources; with --json, so that its folder is on stdout.
+
+    Args:
+        environ: more of its environment.
+        umask: its umask; -1 for this process's own.
+        before: words that run the command, as setpriv.
+    """
+    words = [*before, sys.executable, "-B", "-m", "vtpm.cli.main", "image", "build", "--json"]
+    words += ["--images", str(images), "--lock", str(lock), "--cache", str(cache)]
+    own = {"PYTHONPATH": str(source), "PATH": os.environ["PATH"], **(environ or {})}
+    return subprocess.run(
+        words, env=own, umask=umask, cwd=source, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
+    )
+
+
+def renew_lock(path: Path) -> None:
+    """Pin what the mirrors have today."""
+    words = [sys.executable, "-m", "vtpm.cli.main", "image", "lock", "--lock", str(path)]
+    subprocess.run(words, check=True, capture_output=True, timeout=BUILD_TIMEOUT_S)
+
+
+def built_folder(done: subprocess.CompletedProcess[str]) -> Path:
+    """Return the folder that a successful build names."""
+    assert done.returncode == 0, done.stderr
+    return Path(json.loads(done.stdout)["folder"])
+
+
+def build_for_tests(place: Path) -> tuple[Path, Path]:
+    """Build an image below `place`; return its folder and the lock that it was built with.
+
+    That is the shipped lock, unless the mirrors have gone on since it was written.
+    """
+    source, lock = copy_sources(place), LOCK_FILE
+    done = build(source, place / "images")
+    if done.returncode == 6 and "vtpm image lock" in json.loads(done.stderr)["next_step"]:
+        lock = place / "renewed.toml"
+        renew_lock(lock)
+        done = build(source, place / "images", lock=lock)
+    return built_folder(done), lock
