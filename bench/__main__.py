@@ -6,13 +6,13 @@ import argparse
 
 from tests.support.host import Host
 
-from bench import flood, measure, rates, report, saves
+from bench import flood, image, measure, rates, report, saves
 from bench.commands import READS
 from bench.peers import ours, swtpm
 from vtpm.vault.anchor import AnchorMode
 
 SIDE_BY_SIDE = ("roundtrip", "nvwrite", "footprint")
-FIGURES = ("floor", *SIDE_BY_SIDE, "saves", "flood")
+FIGURES = ("floor", *SIDE_BY_SIDE, "saves", "flood", "image")
 
 
 def main() -> None:
@@ -36,6 +36,10 @@ def main() -> None:
         _saves(facts)
     if "flood" in wanted:
         _flood(facts)
+    if "image" in wanted:
+        figures = image.image()
+        report.print_image(figures)
+        report.save("image", [figures], facts)
 
 
 def _side_by_side(host: Host, wanted: tuple[str, ...], names: list[str], facts: dict[str, str]) -> None:

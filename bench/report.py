@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.figures import Comparison
 from bench.flood import P99_LIMIT_US, Flood
 from bench.flood import RATIO_LIMIT as FLOOD_RATIO_LIMIT
+from bench.image import INITRAMFS_LIMIT_BYTES, START_RATIO_LIMIT, ImageFigures
 from bench.measure import Floor, Footprint
 from bench.rates import RATIO_LIMIT, Rate, Registered
 from bench.saves import LIMIT_US, Spent
@@ -99,11 +100,28 @@ def print_flood(row: Flood) -> None:
     )
 
 
+def print_image(row: ImageFigures) -> None:
+    """Print size, start and memory of a vTPM's virtual machine."""
+    print(
+        f"image: kernel {row.kernel_bytes / 1e6:.1f} MB, initramfs {row.initramfs_bytes / 1e6:.1f} MB"
+        f" (at most {INITRAMFS_LIMIT_BYTES / 1e6:.0f}), unpacked {row.unpacked_bytes / 1e6:.1f} MB in {row.files} files"
+    )
+    print(
+        f"median of {row.starts} starts, s: bare {row.bare_s:.2f} (processor {row.bare_cpu_s:.2f}),"
+        f" to the first word {row.hello_s:.2f} ({row.hello_cpu_s:.2f}), ratio {row.ratio:.2f} ({row.cpu_ratio:.2f}),"
+        f" at most {START_RATIO_LIMIT:g}"
+    )
+    print(
+        f"starts with {row.least_memory_mb} MB of memory, {row.available_kib / 1024:.0f} MB of it left:"
+        f" {_verdict(row.met)}"
+    )
+
+
 def _verdict(met: bool) -> str:
     return "met" if met else "NOT MET"
 
 
-Figure = Comparison | Floor | Footprint | Spent | Rate | Registered | Flood
+Figure = Comparison | Floor | Footprint | Spent | Rate | Registered | Flood | ImageFigures
 
 
 def save(name: str, figures: Sequence[Figure], facts: dict[str, str]) -> None:

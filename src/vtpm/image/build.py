@@ -215,7 +215,8 @@ def _keep(folder: Path, measurement: str, content: Mapping[str, bytes]) -> Path:
         _sync(draft)
         draft.rename(final)
         _sync(folder)
-    except OSError:
+    except BaseException:
+        # Also when the builder is interrupted.
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return final

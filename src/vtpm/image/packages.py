@@ -6,6 +6,7 @@ A file is used only after its hash has been found to be the pinned one, fetched 
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from vtpm.image.tools import ToolError, run
 
 _MAX_PACKAGE_BYTES = 256 * 1024 * 1024
 _ARCHITECTURE = "amd64"
+_PROXIES = ("http_proxy", "https_proxy", "no_proxy")
+"""What apt needs of the environment, where the way to the mirrors leads through one."""
 _LISTS_ADVICE = "Run `apt-get update` as root"
 
 
@@ -114,11 +117,9 @@ def _candidate(name: str) -> Package:
 
 def _download(packages: Sequence[Package], folder: Path) -> None:
     names = ", ".join(package.origin for package in packages)
+    words = ["apt-get", "download", "-q", *(f"{item.name}:{_ARCHITECTURE}={item.version}" for item in packages)]
     try:
-        run(
-            ["apt-get", "download", "-q", *(f"{item.name}:{_ARCHITECTURE}={item.version}" for item in packages)],
-            cwd=folder,
-        )
+        run(words, cwd=folder, variables={name: os.environ[name] for name in _PROXIES if name in os.environ})
     except ToolError as error:
         if any(words in error.stderr for words in ("was not found", "Unable to locate", "404  Not Found")):
             raise UnavailableError(

@@ -50,6 +50,17 @@ def test_package_is_fetched_by_name_and_version_when_it_is_not_in_the_cache(
     assert [path.name for path in cache.iterdir()] == [f"{PACKAGE.sha256}.deb"]
 
 
+def test_apt_gets_the_proxy_and_nothing_else_when_there_is_one(
+    programs: FakePrograms, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy:1")
+    monkeypatch.setenv("APT_CONFIG", "/none")
+    test = '[ "$http_proxy" = http://proxy:1 ] && [ -z "$APT_CONFIG" ]'
+    programs.write("apt-get", f"{test} && printf {CONTENT.decode()} > libx.deb")
+    fetch([PACKAGE], cache)
+    assert read(PACKAGE, cache) == CONTENT
+
+
 def test_nothing_is_fetched_when_the_cache_has_it(programs: FakePrograms, cache: Path) -> None:
     programs.write("apt-get", "exit 1")
     cache.mkdir()
