@@ -1,7 +1,7 @@
 """Runs programs for the builder: of this machine, and of the pinned packages; each with an environment of its own.
 
-Nothing of the caller's environment gets to them but PATH, and proxies to apt: locale, time zone and hash seed are the same
-for everybody.
+Nothing of the caller's environment gets to them but PATH, and proxies to apt: locale, time zone and hash seed are the
+same for everybody.
 """
 
 from __future__ import annotations
