@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from vtpm.engine import library
-from vtpm.instance.server import InstanceServer, check
+from vtpm.instance.ends import Ends
+from vtpm.instance.server import InstanceServer
 from vtpm.wire.instance_spec import InstanceArgs
 
 # While there is still a file system to load it from.
@@ -28,8 +29,6 @@ def prepare(spec: Spec, keep_fds: tuple[int, ...]) -> Callable[[], int]:
     Raises:
         VtpmError: the arguments or descriptors are not those of an instance, or libtpms cannot be used.
     """
-    fds = set(keep_fds)
-    check(fds)
-    server = InstanceServer(InstanceArgs.from_json(spec.target_args), fds)
+    server = InstanceServer(InstanceArgs.from_json(spec.target_args), Ends.from_descriptors(set(keep_fds)))
     server.start_threads()
     return server.run

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -50,8 +49,8 @@ SAVE_TIMEOUT_S = 1.5
 """Linux gives most TPM 2.0 commands 2 s (tpm2_calc_ordinal_duration); the answer must be there before."""
 RETRY_DELAY_S = 0.1
 _RECEIVE_BYTES = 65536
-_FRAMES_SENT = 8
-"""At most, in one call."""
+_FRAMES_SENT = 2
+"""At most, in one call: a save's head and its body, for most states have but one."""
 
 
 @dataclass
@@ -72,7 +71,7 @@ class ManagerChannel:
     """See the module.
 
     Args:
-        sock: the link; made non-blocking.
+        fd: the link, which is read and written, be it a socket or a virtio-serial port; made non-blocking.
         on_request: called in the main thread with Hello, PowerOn, Shutdown and AskLockout.
         post: has something run in the main thread.
         complain: takes a line for the log.
@@ -80,13 +79,13 @@ class ManagerChannel:
 
     def __init__(
         self,
-        sock: socket.socket,
+        fd: int,
         on_request: Callable[[Hello | PowerOn | Shutdown | AskLockout], None],
         post: Callable[[Callable[[], None]], None],
         complain: Callable[[str], None],
     ) -> None:
-        sock.setblocking(False)
-        self._sock = sock
+        os.set_blocking(fd, False)
+        self._fd = fd
         self._on_request = on_request
         self._post = post
         self._complain = complain
@@ -101,11 +100,11 @@ class ManagerChannel:
         # What the main thread waits for lies in an epoll object of its own, which either thread may change.
         self._watched = select.epoll()
         self._events = select.EPOLLIN
-        self._watched.register(sock, self._events)
+        self._watched.register(fd, self._events)
         # The main thread may have begun to read when the TPM thread begins to wait, and so come upon the answer.
         self._answered = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._own_poll = select.poll()
-        self._own_poll.register(sock, select.POLLIN)
+        self._own_poll.register(fd, select.POLLIN)
         self._own_poll.register(self._answered, select.POLLIN)
 
     # -- TPM thread -------------------------------------------------------------------------------------------------
@@ -152,7 +151,7 @@ class ManagerChannel:
         with self._lock:
             self._open = question
             self._out.ask(question.messages)
-            # From this thread, for a save waits for it; what the socket does not take is the main thread's to send.
+            # From this thread, for a save waits for it; what the link does not take is the main thread's to send.
             with contextlib.suppress(OSError):
                 self._send()
             self._watch()
@@ -191,14 +190,14 @@ class ManagerChannel:
         return self._watched.fileno()
 
     def on_ready(self) -> bool:
-        """Send what the socket takes, and take what has come. Returns False when the link has ended."""
+        """Send what the link takes, and take what has come. Returns False when the link has ended."""
         events = sum(mask for _, mask in self._watched.poll(0))
         if events & select.EPOLLOUT and not self.flush():
             return False
         return not events & ~select.EPOLLOUT or self._take()
 
     def flush(self) -> bool:
-        """Send what the socket takes. Returns False when the link has ended."""
+        """Send what the link takes. Returns False when the link has ended."""
         with self._lock:
             try:
                 self._send()
@@ -230,13 +229,13 @@ class ManagerChannel:
         events = (0 if self._open is not None else select.EPOLLIN) | (select.EPOLLOUT if self._out else 0)
         if events != self._events:
             self._events = events
-            self._watched.modify(self._sock, events)
+            self._watched.modify(self._fd, events)
 
     def _take(self) -> bool:
         """Take what has come and act on it. Returns False when the link has ended."""
         with self._reading:
             try:
-                data = self._sock.recv(_RECEIVE_BYTES)
+                data = os.read(self._fd, _RECEIVE_BYTES)
             except BlockingIOError:
                 return True
             except OSError:
@@ -255,7 +254,7 @@ class ManagerChannel:
         while self._out:
             try:
                 # Together, so that the manager is woken once for a save.
-                self._out.sent(self._sock.sendmsg(self._out.heads(_FRAMES_SENT)))
+                self._out.sent(os.write(self._fd, b"".join(self._out.heads(_FRAMES_SENT))))
             except BlockingIOError:
                 return
 

@@ -1,6 +1,6 @@
 """The main thread of a vtpmd: waits on its descriptors and hands work to the TPM thread.
 
-Its descriptors are all it can reach: the hold, the manager link, two listening sockets of the guest link, and what
+Its ends (see `ends`) are all it can reach: the hold, the manager link, two listeners of the guest link, and what
 connects to those. One client at a time uses the TPM: an emulator (QEMU, by SET_DATAFD on the control channel) or
 whoever connects to the data socket; a second one is refused. Control requests that need the TPM are carried out by the
 TPM thread and answered when it is done; the others are answered at once, also while a long command runs.
@@ -18,21 +18,21 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from vtpm.errors import ProtocolError, VtpmError
+from vtpm.errors import VtpmError
 from vtpm.guest_link.control_link import PARTIAL_RETRY_S, ControlLink
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
-from vtpm.guest_link.journal import Journal, JournaledPower
+from vtpm.guest_link.journal import JournaledPower
+from vtpm.guest_link.refusals import Client, Complaints, Refusals
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.control import ControlSession
 from vtpm.instance.control_client import ControlClient
-from vtpm.instance.hold import Hold
+from vtpm.instance.ends import Ends
 from vtpm.instance.lockout_watch import Seen
 from vtpm.instance.manager_channel import ManagerChannel
-from vtpm.instance.refusals import Complaints, Refusals, peer
 from vtpm.instance.worker import Power, Worker
 from vtpm.wire.emulator import Command, encode_reply
 from vtpm.wire.hold import ParkedKind
-from vtpm.wire.instance_spec import InstanceArgs, InstanceFd, Role
+from vtpm.wire.instance_spec import InstanceArgs, Role
 from vtpm.wire.manager_link import (
     AskLockout,
     ClientChanged,
@@ -67,20 +67,19 @@ class InstanceServer:
 
     Args:
         args: what this instance is told about itself.
-        fds: its descriptors by number, as the launcher gave them.
+        ends: what it is connected to.
     """
 
-    def __init__(self, args: InstanceArgs, fds: set[int]) -> None:
+    def __init__(self, args: InstanceArgs, ends: Ends) -> None:
         self._args = args
+        self._ends = ends
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._hold = Hold(socket.socket(fileno=InstanceFd.HOLD))
-        self._control_journal = Journal(InstanceFd.CONTROL_JOURNAL)
-        self._data_journal = Journal(InstanceFd.DATA_JOURNAL)
-        self._channel = ManagerChannel(
-            socket.socket(fileno=InstanceFd.MANAGER_LINK), self._on_manager, self.post, Complaints(self.complain).add
-        )
+        self._hold = ends.hold
+        self._control_journal = ends.control_journal
+        self._data_journal = ends.data_journal
+        self._channel = ManagerChannel(ends.manager_fd, self._on_manager, self.post, Complaints(self.complain).add)
         failed = args.role is Role.SUCCESSOR and self._control_journal.power is JournaledPower.ON
         self._worker = Worker(
             args.tpm_version,
@@ -92,6 +91,7 @@ class InstanceServer:
         )
         self._session = ControlSession(self._worker, args.tpm_version)
         self._control: ControlClient | None = None
+        self._control_peer: Client | None = None
         self._emulator_attached = False
         self._data_client: DataLink | None = None
         self._client = ClientKind.NONE
@@ -101,17 +101,11 @@ class InstanceServer:
         self._failures = Complaints(self._note)
         self._refusals = Refusals(self, self._complaints)
         self._ending: Ending | None = None
-        self._listeners = {
-            name: socket.socket(fileno=name) for name in (InstanceFd.CONTROL_LISTENER, InstanceFd.DATA_LISTENER)
-        }
-        for listener in self._listeners.values():
-            listener.setblocking(False)
         self.watch(self._wake, self._on_wake)
         self.watch(self._hold, self._on_hold)
         self.watch(self._channel, self._on_channel)
-        self.watch(self._listeners[InstanceFd.CONTROL_LISTENER], self._on_control_connect)
-        self.watch(self._listeners[InstanceFd.DATA_LISTENER], self._on_data_connect)
-        self._parked = {kind for kind in (InstanceFd.CONTROL, InstanceFd.DATA) if kind in fds}
+        self.watch(ends.control_listener, self._on_control_connect)
+        self.watch(ends.data_listener, self._on_data_connect)
 
     def start_threads(self) -> None:
         """Start the TPM thread; before the seccomp filter, which forbids it."""
@@ -136,13 +130,13 @@ class InstanceServer:
     # -- taking a guest over ----------------------------------------------------------------------------------------
     def _take_over(self) -> None:
         self._worker.locality = self._control_journal.locality
-        if InstanceFd.DATA in self._parked:
-            link = EmulatorDataLink(socket.socket(fileno=InstanceFd.DATA), self._data_journal)
+        if self._ends.data is not None:
+            link = EmulatorDataLink(self._ends.data, self._data_journal)
             self._emulator_attached = True
             self._worker.submit(partial(self._worker.do_attach, link))
-        if InstanceFd.CONTROL in self._parked:
+        if self._ends.control is not None:
             # Known before it is settled, for it may end in that.
-            self._control = self._new_control(socket.socket(fileno=InstanceFd.CONTROL))
+            self._control = self._new_control(self._ends.control)
             self._control.settle()
         if self._args.role is Role.SUCCESSOR and not self._emulator_attached and self._worker.power is Power.OFF:
             self._serve_next()
@@ -200,17 +194,18 @@ class InstanceServer:
 
     # -- control channel --------------------------------------------------------------------------------------------
     def _on_control_connect(self) -> None:
-        connection = self._accept(InstanceFd.CONTROL_LISTENER)
-        if connection is None:
+        client = self._ends.control_listener.accept()
+        if client is None:
             return
         if self._control is not None:
-            self._refusals.refuse(connection, encode_reply(Command.GET_CAPABILITY, ControlSession.IN_USE))
+            self._refusals.refuse(client, encode_reply(Command.GET_CAPABILITY, ControlSession.IN_USE))
             return
         self._control_journal.end()
-        self._control = self._new_control(connection)
+        self._control = self._new_control(client)
 
-    def _new_control(self, connection: socket.socket) -> ControlClient:
-        link = ControlLink(connection, self._control_journal)
+    def _new_control(self, client: Client) -> ControlClient:
+        self._control_peer = client
+        link = ControlLink(client.sock, self._control_journal)
         return ControlClient(link, self._control_journal, self._session, self._worker, self)
 
     def on_control_spent(self) -> None:
@@ -270,52 +265,46 @@ class InstanceServer:
 
     def _end_without_guest(self) -> None:
         # Nobody is left who could reset this TPM; a successor that starts powered off serves the next client.
-        self._control_journal.power = JournaledPower.OFF
+        self._remember(JournaledPower.OFF)
         self._end(Ending.SPENT, "the engine failed and its guest is gone")
+
+    def _remember(self, power: JournaledPower) -> None:
+        self._control_journal.power = power
+        self._ends.tell_power(power)
 
     # -- data socket ------------------------------------------------------------------------------------------------
     def _on_data_connect(self) -> None:
-        connection = self._accept(InstanceFd.DATA_LISTENER)
-        if connection is None:
+        client = self._ends.data_listener.accept()
+        if client is None:
             return
         if self._emulator_attached or self._has_data_client():
-            self._refusals.refuse(connection, refuse(self._args.tpm_version, Refusal.IN_USE))
+            self._refusals.refuse(client, refuse(self._args.tpm_version, Refusal.IN_USE))
             return
-        self._data_client = DataLink(connection)
+        self._data_client = DataLink(client.sock)
         self._worker.submit(partial(self._worker.do_attach, self._data_client))
-        self._tell_client(connection)
+        self._tell_client(client)
 
     def _has_data_client(self) -> bool:
         # What this thread has accepted counts, not what the TPM thread has come to serve.
         link = self._data_client
         return link is not None and link.alive and not link.peer_gone()
 
-    def _accept(self, name: InstanceFd) -> socket.socket | None:
-        try:
-            connection, _ = self._listeners[name].accept()
-        except OSError:
-            return None
-        return connection
-
     # -- what is told, and waking up --------------------------------------------------------------------------------
-    def _tell_client(self, connection: socket.socket | None = None) -> None:
+    def _tell_client(self, data_client: Client | None = None) -> None:
         if self._emulator_attached and self._control is not None:
-            self._client = ClientKind.EMULATOR
-            pid, uid = peer(self._control.link.socket)
-        elif connection is not None:
-            self._client = ClientKind.DATA
-            pid, uid = peer(connection)
+            self._client, who = ClientKind.EMULATOR, self._control_peer
+        elif data_client is not None:
+            self._client, who = ClientKind.DATA, data_client
         else:
-            self._client = ClientKind.NONE
-            pid, uid = 0, 0
-        told = ClientChanged(self._client, pid, uid)
+            self._client, who = ClientKind.NONE, None
+        told = ClientChanged(self._client, who.pid if who else 0, who.uid if who else 0)
         if told != self._told:
             self._told = told
             self._channel.tell(told)
 
     def _on_power(self, power: Power, why: str) -> None:
         # In the TPM thread. The journal first: a successor must know before anyone sees it.
-        self._control_journal.power = JournaledPower.OFF if power is Power.OFF else JournaledPower.ON
+        self._remember(JournaledPower.OFF if power is Power.OFF else JournaledPower.ON)
         self._channel.tell(PowerChanged(_POWER[power], why))
 
     def _on_lockout(self, seen: Seen) -> None:
@@ -381,10 +370,3 @@ class InstanceServer:
     def unwatch(self, what: selectors._HasFileno | int) -> None:  # type: ignore[name-defined]
         """Call back no more."""
         self._selector.unregister(what)
-
-
-def check(fds: set[int]) -> None:
-    """Raise ProtocolError unless the descriptors are a whole set."""
-    needed = set(InstanceFd) - {InstanceFd.CONTROL, InstanceFd.DATA}
-    if not needed <= fds:
-        raise ProtocolError(f"an instance was started without the descriptors {sorted(needed - fds)}")

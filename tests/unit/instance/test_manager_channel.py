@@ -35,12 +35,14 @@ class World:
     """A channel, its manager's end, and a TPM thread that saves once."""
 
     def __init__(self) -> None:
-        self.manager, ours = socket.socketpair()
+        self.manager, self.ours = socket.socketpair()
         self.manager.settimeout(LIMIT_S)
         self.posted: deque[Callable[[], None]] = deque()
         self.requests: list[object] = []
         self.complaints: list[str] = []
-        self.channel = ManagerChannel(ours, self.requests.append, self.posted.append, self.complaints.append)
+        self.channel = ManagerChannel(
+            self.ours.fileno(), self.requests.append, self.posted.append, self.complaints.append
+        )
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._save)
 
@@ -82,7 +84,7 @@ def world() -> Iterator[World]:
     made = World()
     yield made
     made.manager.close()
-    made.channel._sock.close()
+    made.ours.close()
     made.channel._watched.close()
     os.close(made.channel._answered)
 
@@ -107,7 +109,7 @@ def test_answer_ends_the_wait_when_the_main_thread_has_read_it(world: World) -> 
     # As a main thread does that was woken just before the save began.
     with world.channel._reading:
         world.send(Saved(1))
-        data = world.channel._sock.recv(65536)
+        data = world.ours.recv(65536)
         for body in world.channel._deframer.feed(data):
             assert isinstance(body, bytes)
             world.channel._receive(body)

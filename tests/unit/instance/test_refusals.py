@@ -8,8 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from tests.support.vtpmd import Vtpmd
-from vtpm.instance import refusals
-from vtpm.instance.refusals import Complaints
+from vtpm.guest_link.refusals import Client, Complaints, Refusals
 from vtpm.wire.allowance import Allowance
 from vtpm.wire.manager_link import ClientChanged, ClientKind, Note
 
@@ -33,12 +32,11 @@ def test_lines_are_counted_instead_of_said_when_the_allowance_is_used_up() -> No
 
 
 @pytest.mark.parametrize(("pid", "who"), [(0, "(uid 1000)"), (12, "(pid 12, uid 1000)")])
-def test_no_process_is_named_when_the_kernel_names_none(monkeypatch: pytest.MonkeyPatch, pid: int, who: str) -> None:
-    monkeypatch.setattr(refusals, "peer", lambda _: (pid, 1000))
+def test_no_process_is_named_when_the_kernel_names_none(pid: int, who: str) -> None:
     said: list[str] = []
     ours, theirs = socket.socketpair()
     with theirs, ours:
-        refusals.Refusals(Mock(), Complaints(said.append)).refuse(ours, b"no")
+        Refusals(Mock(), Complaints(said.append)).refuse(Client(ours, pid, 1000), b"no")
     assert len(said) == 1
     assert who in said[0]
 

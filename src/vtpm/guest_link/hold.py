@@ -1,4 +1,7 @@
-"""The instance's end of the hold: hands the guest link's descriptors to the launcher to keep (decision record 1)."""
+"""The guest's side of the hold: hands the guest link's descriptors to the launcher to keep (decision record 1).
+
+For whoever holds those descriptors: an instance, or the relay in front of one.
+"""
 
 from __future__ import annotations
 

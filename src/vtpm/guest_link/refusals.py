@@ -1,6 +1,6 @@
 """Second clients, turned away with an answer to their first request; and how much is said of what clients cause.
 
-Used by the main thread alone.
+For whoever accepts them: an instance, or the relay in front of one. Used by one thread.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import contextlib
 import socket
 import struct
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from vtpm.wire.allowance import Allowance
 
@@ -24,6 +25,20 @@ def peer(connection: socket.socket) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return max(pid, 0), max(uid, 0)
+
+
+@dataclass(frozen=True)
+class Client:
+    """Somebody who has connected, and who that is: pid (0: not known) and uid."""
+
+    sock: socket.socket
+    pid: int
+    uid: int
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Self:
+        """Take a connection for the kernel's word on its peer."""
+        return cls(sock, *peer(sock))
 
 
 class Complaints:
@@ -49,7 +64,7 @@ class Complaints:
 
 
 class Watcher(Protocol):
-    """What is needed of the instance's main loop."""
+    """What is needed of the main loop."""
 
     def watch(self, connection: socket.socket, call: Callable[[], None]) -> None:
         """Call back whenever the connection is readable."""
@@ -73,10 +88,10 @@ class Refusals:
         self._complaints = complaints
         self._waiting: list[socket.socket] = []
 
-    def refuse(self, connection: socket.socket, answer: bytes) -> None:
+    def refuse(self, client: Client, answer: bytes) -> None:
         """Answer a client's first request with a refusal, so that it can say why it was turned away, and hang up."""
-        pid, uid = peer(connection)
-        who = f"pid {pid}, uid {uid}" if pid else f"uid {uid}"
+        connection = client.sock
+        who = f"pid {client.pid}, uid {client.uid}" if client.pid else f"uid {client.uid}"
         self._complaints.add(f"a second client ({who}) was refused: another one uses the TPM")
         while len(self._waiting) >= _MAX_WAITING:
             self._drop(self._waiting[0])
