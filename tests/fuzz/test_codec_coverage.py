@@ -32,6 +32,7 @@ class HeldBy:
 
 CODECS = {
     "wire/framing": HeldBy("wire/test_framing*.py", "framing", 85),
+    "wire/fields": HeldBy("wire/test_manager_link*.py", "manager_link", 60),
     "wire/manager_link": HeldBy("wire/test_manager_link*.py", "manager_link", 70),
     "wire/manager_link_peers": HeldBy("wire/test_manager_link*.py", "manager_link", 95),
     "wire/emulator": HeldBy("wire/test_control_decoder.py", "emulator", 95),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vtpm.errors import ProtocolError
 from vtpm.tpm.types import MAX_STATE_BYTES, Startup, StateKind, TpmVersion
+from vtpm.wire.fields import Field, choice, fixed, number, read_fields, rest, text, write_fields
 
 LINK_VERSION = 1
 HEADER = struct.Struct(">BBHI")
@@ -242,103 +243,23 @@ ToManager = Ready | Load | SaveBegin | SaveChunk | PowerChanged | ClientChanged 
 Message = ToInstance | ToManager
 
 
-# -- fields: (bytes of a value), (value and bytes used), each with its bounds -----------------------------------------
+_KIND = choice("B", {kind: int(kind) for kind in StateKind})
+_STARTUP = choice("B", {Startup.NONE: 0, Startup.CLEAR: 1, Startup.STATE: 2})
+_VERSION = choice("B", {TpmVersion.V1_2: 12, TpmVersion.V2_0: 20})
+_POWER = choice("B", {power: int(power) for power in LinkPower})
+_CLIENT = choice("B", {client: int(client) for client in ClientKind})
+_RETRY = choice("B", {retry: int(retry) for retry in Retry})
+_MODE = choice("B", {mode: int(mode) for mode in ShutdownMode})
+_SIZE = number("I", most=MAX_STATE_BYTES)
+_U32 = number("I")
+_BOOL = choice("B", {False: 0, True: 1})
+_UNIX_TIME = number("Q", most=MAX_UNIX_TIME_S)
+_CODE = text(MAX_CODE_BYTES)
+_TEXT = text(MAX_TEXT_BYTES)
+_DATA = rest(MAX_CHUNK_BYTES, least=1)
 
-
-@dataclass(frozen=True)
-class _Field:
-    write: Callable[[Any], bytes]
-    read: Callable[[bytes], tuple[Any, int]]
-
-
-def _number(form: str, least: int = 0, most: int | None = None) -> _Field:
-    packer = struct.Struct(">" + form)
-    top = (1 << 8 * packer.size) - 1 if most is None else most
-
-    def check(value: int) -> int:
-        if not least <= value <= top:
-            raise ProtocolError(f"the number {value} is not within {least} to {top}")
-        return value
-
-    return _Field(lambda v: packer.pack(check(v)), lambda b: (check(packer.unpack_from(b)[0]), packer.size))
-
-
-def _enum(form: str, values: Mapping[Any, int]) -> _Field:
-    packer = struct.Struct(">" + form)
-    by_number = {number: value for value, number in values.items()}
-
-    def read(data: bytes) -> tuple[Any, int]:
-        number = packer.unpack_from(data)[0]
-        if number not in by_number:
-            raise ProtocolError(f"{number} is not a known value")
-        return by_number[number], packer.size
-
-    def write(value: Any) -> bytes:
-        if value not in values:
-            raise ProtocolError(f"{value!r} is not a value that can be sent")
-        return packer.pack(values[value])
-
-    return _Field(write, read)
-
-
-def _fixed(length: int) -> _Field:
-    def check(value: bytes) -> bytes:
-        if len(value) != length:
-            raise ProtocolError(f"a field of {length} bytes has {len(value)}")
-        return value
-
-    return _Field(check, lambda b: (check(b[:length]), length))
-
-
-def _rest(most: int, least: int = 0) -> _Field:
-    def check(value: bytes) -> bytes:
-        if not least <= len(value) <= most:
-            raise ProtocolError(f"{len(value)} bytes of data, {least} to {most} are allowed")
-        return value
-
-    return _Field(lambda v: check(bytes(v)), lambda b: (check(b), len(b)))
-
-
-def _text(most: int) -> _Field:
-    """Printable text, made to fit when written: what an instance says must do no harm in a log or on a terminal."""
-
-    def write(value: str) -> bytes:
-        printable = "".join(char if char.isprintable() else "?" for char in value)
-        encoded = printable.encode()[:most].decode(errors="ignore").encode()
-        return len(encoded).to_bytes(2, "big") + encoded
-
-    def read(data: bytes) -> tuple[str, int]:
-        length = int.from_bytes(data[:2], "big")
-        if len(data) < 2 or length > most or len(data) < 2 + length:
-            raise ProtocolError(f"a text of {length} bytes is cut off or longer than {most}")
-        try:
-            value = data[2 : 2 + length].decode()
-        except UnicodeDecodeError:
-            raise ProtocolError("a text is not UTF-8") from None
-        if not value.isprintable():
-            raise ProtocolError("a text has characters that cannot be printed")
-        return value, 2 + length
-
-    return _Field(write, read)
-
-
-_KIND = _enum("B", {kind: int(kind) for kind in StateKind})
-_STARTUP = _enum("B", {Startup.NONE: 0, Startup.CLEAR: 1, Startup.STATE: 2})
-_VERSION = _enum("B", {TpmVersion.V1_2: 12, TpmVersion.V2_0: 20})
-_POWER = _enum("B", {power: int(power) for power in LinkPower})
-_CLIENT = _enum("B", {client: int(client) for client in ClientKind})
-_RETRY = _enum("B", {retry: int(retry) for retry in Retry})
-_MODE = _enum("B", {mode: int(mode) for mode in ShutdownMode})
-_SIZE = _number("I", most=MAX_STATE_BYTES)
-_U32 = _number("I")
-_BOOL = _enum("B", {False: 0, True: 1})
-_UNIX_TIME = _number("Q", most=MAX_UNIX_TIME_S)
-_CODE = _text(MAX_CODE_BYTES)
-_TEXT = _text(MAX_TEXT_BYTES)
-_DATA = _rest(MAX_CHUNK_BYTES, least=1)
-
-_LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
-    Hello: (0x01, Direction.TO_INSTANCE, {"session": _fixed(SESSION_BYTES)}),
+_LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, Field]]] = {
+    Hello: (0x01, Direction.TO_INSTANCE, {"session": fixed(SESSION_BYTES)}),
     PowerOn: (0x02, Direction.TO_INSTANCE, {"startup": _STARTUP}),
     Shutdown: (0x03, Direction.TO_INSTANCE, {"mode": _MODE}),
     StateChunk: (
@@ -346,8 +267,8 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
         Direction.TO_INSTANCE,
         {"kind": _KIND, "total": _SIZE, "offset": _SIZE, "data": _DATA},
     ),
-    StateEnd: (0x05, Direction.TO_INSTANCE, {"digest": _fixed(DIGEST_BYTES)}),
-    Permit: (0x06, Direction.TO_INSTANCE, {"permit_id": _fixed(PERMIT_BYTES)}),
+    StateEnd: (0x05, Direction.TO_INSTANCE, {"digest": fixed(DIGEST_BYTES)}),
+    Permit: (0x06, Direction.TO_INSTANCE, {"permit_id": fixed(PERMIT_BYTES)}),
     LoadError: (0x07, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
     Saved: (0x08, Direction.TO_INSTANCE, {}),
     SaveError: (0x09, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
@@ -356,7 +277,7 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
         0x81,
         Direction.TO_MANAGER,
         {
-            "session": _fixed(SESSION_BYTES),
+            "session": fixed(SESSION_BYTES),
             "tpm_version": _VERSION,
             "power": _POWER,
             "client": _CLIENT,
@@ -368,7 +289,7 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
     SaveBegin: (
         0x83,
         Direction.TO_MANAGER,
-        {"kind": _KIND, "total": _SIZE, "permit_id": _fixed(PERMIT_BYTES), "digest": _fixed(DIGEST_BYTES)},
+        {"kind": _KIND, "total": _SIZE, "permit_id": fixed(PERMIT_BYTES), "digest": fixed(DIGEST_BYTES)},
     ),
     SaveChunk: (0x84, Direction.TO_MANAGER, {"offset": _SIZE, "data": _DATA}),
     PowerChanged: (0x85, Direction.TO_MANAGER, {"power": _POWER, "why": _TEXT}),
@@ -381,7 +302,7 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, _Field]]] = {
         {"locked": _BOOL, "failed_tries": _U32, "max_tries": _U32, "interval_s": _U32, "since": _UNIX_TIME},
     ),
 }
-_BY_TYPE = {number: (cls, direction, fields) for cls, (number, direction, fields) in _LAYOUTS.items()}
+_BY_TYPE = {code: (cls, direction, fields) for cls, (code, direction, fields) in _LAYOUTS.items()}
 
 
 def encode_message(message: Message) -> bytes:
@@ -390,12 +311,11 @@ def encode_message(message: Message) -> bytes:
     Raises:
         ProtocolError: a field is out of its bounds.
     """
-    number, _, fields = _LAYOUTS[type(message)]
+    code, _, fields = _LAYOUTS[type(message)]
     seq = getattr(message, "seq", None)
     if seq is not None and not 1 <= seq <= MAX_SEQ:
         raise ProtocolError(f"the sequence number {seq} is not within 1 to {MAX_SEQ}")
-    payload = b"".join(form.write(getattr(message, name)) for name, form in fields.items())
-    return HEADER.pack(LINK_VERSION, number, 0, seq or 0) + payload
+    return HEADER.pack(LINK_VERSION, code, 0, seq or 0) + write_fields(message, fields)
 
 
 def decode_message(body: bytes, direction: Direction) -> Message:
@@ -406,24 +326,17 @@ def decode_message(body: bytes, direction: Direction) -> Message:
     """
     if not HEADER.size <= len(body) <= MAX_BODY_BYTES:
         raise ProtocolError(f"a link message has {len(body)} bytes")
-    version, number, reserved, seq = HEADER.unpack_from(body)
+    version, code, reserved, seq = HEADER.unpack_from(body)
     if version != LINK_VERSION:
         raise ProtocolError(f"a link message has version {version}, this is {LINK_VERSION}")
-    if number not in _BY_TYPE or _BY_TYPE[number][1] is not direction:
-        raise ProtocolError(f"a link message has the type 0x{number:02x}, unknown from {direction.value}")
-    cls, _, fields = _BY_TYPE[number]
+    if code not in _BY_TYPE or _BY_TYPE[code][1] is not direction:
+        raise ProtocolError(f"a link message has the type 0x{code:02x}, unknown from {direction.value}")
+    cls, _, fields = _BY_TYPE[code]
     has_seq = "seq" in cls.__dataclass_fields__
     if reserved or bool(seq) is not has_seq:
         raise ProtocolError(f"a {cls.__name__} has a reserved field set, or a sequence number where it must not")
-    values: dict[str, Any] = {"seq": seq} if has_seq else {}
-    at = HEADER.size
-    for name, form in fields.items():
-        try:
-            values[name], used = form.read(body[at:])
-        except (ProtocolError, struct.error) as error:
-            raise ProtocolError(f"a {cls.__name__}'s field {name} is wrong: {error}") from None
-        at += used
-    if at != len(body):
-        raise ProtocolError(f"a {cls.__name__} has {len(body) - at} bytes too many")
+    values = read_fields(cls.__name__, fields, body[HEADER.size :])
+    if has_seq:
+        values["seq"] = seq
     message: Message = cls(**values)
     return message
