@@ -30,6 +30,35 @@ class InstanceFd(enum.IntEnum):
     DATA = 10
 
 
+class RelayFd(enum.IntEnum):
+    """Descriptors of the relay in front of a virtual machine: those of a vtpmd, but for the link that they share.
+
+    The manager link goes to the virtual machine itself.
+    """
+
+    HOLD = InstanceFd.HOLD
+    GUEST_PORT = InstanceFd.MANAGER_LINK
+    """Stream socket; its other end is the character device behind the port `guest_port.GUEST_PORT`."""
+    DATA_LISTENER = InstanceFd.DATA_LISTENER
+    CONTROL_LISTENER = InstanceFd.CONTROL_LISTENER
+    CONTROL_JOURNAL = InstanceFd.CONTROL_JOURNAL
+    DATA_JOURNAL = InstanceFd.DATA_JOURNAL
+    CONTROL = InstanceFd.CONTROL
+    DATA = InstanceFd.DATA
+
+
+class RelayExit(enum.IntEnum):
+    """Exit statuses of a relay that its virtual machine did not tell it; any other is the vtpmd's."""
+
+    LAUNCHER_GONE = 71
+    VM_GONE = 73
+    """The virtual machine ended, or broke its port, without having said so."""
+    NOT_READY = 74
+    """The vtpmd did not become ready in time."""
+    BROKEN = 75
+    """The virtual machine says what no vtpmd says."""
+
+
 class Role(enum.StrEnum):
     """Whether an instance is a vTPM's first since it was started, or takes the place of one that died."""
 
