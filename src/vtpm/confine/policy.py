@@ -14,10 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vtpm.confine.bpf import RET_ALLOW, RET_ERRNO, BitsClear, Condition, OneOf, Rule
+from vtpm.confine.spec import AllowList
 from vtpm.confine.syscalls import SYSCALLS, Machine
 from vtpm.errors import ConfinementError
 
-POLICY_FILE = Path(__file__).with_name("seccomp_vtpmd.toml")
+
+def policy_of(allow_list: AllowList) -> str:
+    """Return the text of an allow-list."""
+    return Path(__file__).with_name(f"seccomp_{allow_list}.toml").read_text()
 
 
 def rules_for(machine: Machine, text: str) -> dict[int, list[Rule]]:

@@ -35,6 +35,13 @@ class UserNamespace(enum.StrEnum):
     """The launcher is an ordinary user: a user namespace in which that user's uid alone is mapped."""
 
 
+class AllowList(enum.StrEnum):
+    """Which list of system calls is put on; see `policy`."""
+
+    VTPMD = "vtpmd"
+    RELAY = "relay"
+
+
 @dataclass(frozen=True)
 class Limits:
     """Resource limits of one instance. Defaults suit a vtpmd."""
@@ -91,8 +98,9 @@ class ConfinementSpec:
         limits: see Limits.
         program: what `ps` shows before the name.
         root: see Root.
-        own_filter: whether the program that the target executes brings its own seccomp filter; the allow-list of a
-            vtpmd, which forbids execve, is then not put on.
+        own_filter: whether the program that the target executes brings its own seccomp filter; the
+            allow-list, which forbids execve, is then not put on.
+        allow_list: see AllowList.
         target_args: a JSON object for the target, not looked at here.
     Raises:
         ConfinementError: a field is out of its range; the message names it.
@@ -110,6 +118,7 @@ class ConfinementSpec:
     program: str = "vtpmd"
     root: Root = field(default_factory=Root)
     own_filter: bool = False
+    allow_list: AllowList = AllowList.VTPMD
     target_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,6 +152,7 @@ class ConfinementSpec:
         )
         _require(isinstance(self.root.proc, bool), "root.proc", "true or false")
         _require(isinstance(self.own_filter, bool), "own_filter", "true or false")
+        _require(isinstance(self.allow_list, AllowList), "allow_list", "vtpmd or relay")
         _require(isinstance(self.target_args, Mapping), "target_args", "a JSON object")
 
 
@@ -204,6 +214,8 @@ def decode_spec(encoded: bytes) -> ConfinementSpec:
         members[name] = tuple(members[name])
     _require(members["user_namespace"] in list(UserNamespace), "user_namespace", "host or own")
     members["user_namespace"] = UserNamespace(members["user_namespace"])
+    _require(members["allow_list"] in list(AllowList), "allow_list", "vtpmd or relay")
+    members["allow_list"] = AllowList(members["allow_list"])
     return ConfinementSpec(**members)
 
 

@@ -44,7 +44,7 @@ from pathlib import Path
 
 from vtpm.confine import kernel
 from vtpm.confine.bpf import assemble, pack
-from vtpm.confine.policy import POLICY_FILE, rules_for
+from vtpm.confine.policy import policy_of, rules_for
 from vtpm.confine.report import Protection, ProtectionStatus, Report
 from vtpm.confine.spec import ConfinementSpec, UserNamespace
 from vtpm.confine.title import set_title
@@ -149,7 +149,7 @@ def _import(context: Context) -> Outcome:
     context.prepare = function
     if not context.spec.own_filter:
         machine = kernel.machine()
-        context.seccomp_program = pack(assemble(machine, rules_for(machine, POLICY_FILE.read_text())))
+        context.seccomp_program = pack(assemble(machine, rules_for(machine, policy_of(context.spec.allow_list))))
     _require(len(list(Path("/proc/self/task").iterdir())) == 1, "importing the target started a thread")
     return IN_FORCE, "the target was loaded before the lock-down"
 

@@ -12,7 +12,8 @@ import pytest
 
 from vtpm.confine import bpf
 from vtpm.confine.bpf import BitsClear, Instruction, OneOf, Rule, assemble, pack
-from vtpm.confine.policy import POLICY_FILE, rules_for
+from vtpm.confine.policy import policy_of, rules_for
+from vtpm.confine.spec import AllowList
 from vtpm.confine.syscalls import AUDIT_ARCH, SYSCALLS, Machine
 from vtpm.errors import ConfinementError
 
@@ -41,7 +42,7 @@ def run(program: Sequence[Instruction], number: int, arguments: Sequence[int] = 
 
 
 def policy(machine: Machine) -> tuple[Instruction, ...]:
-    return assemble(machine, rules_for(machine, POLICY_FILE.read_text()))
+    return assemble(machine, rules_for(machine, policy_of(AllowList.VTPMD)))
 
 
 def number(name: str, machine: Machine) -> int:
@@ -61,8 +62,23 @@ def test_only_listed_numbers_pass_when_all_are_tried(machine: Machine) -> None:
 
 @pytest.mark.parametrize("machine", Machine)
 def test_every_named_call_is_in_the_list_when_the_policy_is_read(machine: Machine) -> None:
-    rules = rules_for(machine, POLICY_FILE.read_text())
+    rules = rules_for(machine, policy_of(AllowList.VTPMD))
     assert set(rules) == {n for numbers in SYSCALLS.values() if (n := getattr(numbers, machine.value)) is not None}
+
+
+@pytest.mark.parametrize("machine", Machine)
+def test_relay_may_do_nothing_that_a_vtpmd_may_not_when_their_lists_are_compared(machine: Machine) -> None:
+    relay, vtpmd = (rules_for(machine, policy_of(which)) for which in (AllowList.RELAY, AllowList.VTPMD))
+    assert set(relay) < set(vtpmd)
+    for called, rules in relay.items():
+        # A condition of its own may be narrower, but none may be missing.
+        assert all(
+            bool(mine.conditions) >= bool(theirs.conditions) for mine, theirs in zip(rules, vtpmd[called], strict=False)
+        )
+        assert {rule.action for rule in rules} <= {rule.action for rule in vtpmd[called]}
+    for name in ("clone", "epoll_ctl", "futex", "openat", "pwrite64", "socket"):
+        called = getattr(SYSCALLS[name], machine.value) if name in SYSCALLS else None
+        assert not any(rule.action == ALLOW for rule in relay.get(called, [])), name
 
 
 @pytest.mark.parametrize("machine", Machine)

@@ -47,6 +47,8 @@ def test_spec_is_the_same_when_encoded_and_decoded() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("allow_list", "none"),
+        ("allow_list", None),
         ("name", ""),
         ("name", "../x"),
         ("name", "a b"),
