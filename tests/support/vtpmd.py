@@ -163,6 +163,7 @@ class Vtpmd:
     """
 
     def __init__(self, version: TpmVersion = TpmVersion.V2_0, predecessor: Vtpmd | None = None) -> None:
+        self._version = version
         self._folder = None if predecessor else tempfile.TemporaryDirectory(prefix="vtpmd-")
         self.folder: Path = predecessor.folder if predecessor else Path(self._folder.name)  # type: ignore[union-attr]
         self._hold, their_hold = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -179,17 +180,28 @@ class Vtpmd:
         fds += [self._parked[kind] for kind in ParkedKind if kind in self._parked]
         args = InstanceArgs(version, Role.SUCCESSOR if predecessor else Role.FIRST)
         self.log = (self.folder / "log").open("a+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.vtpmd", json.dumps(args.to_json()), json.dumps(fds)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stderr=self.log,
-        )
+        self.process = self._start(args, fds)
         their_hold.close()
         their_link.close()
         self.manager = PlayedManager(self._link)
         if predecessor is not None:
             self.manager.state = predecessor.manager.state
+
+    def _start(self, args: InstanceArgs, fds: list[int]) -> subprocess.Popen[bytes]:
+        """Start what is in the vtpmd's place; the descriptors are in the order of InstanceFd."""
+        return self._run("tests.support.vtpmd", json.dumps(args.to_json()), fds)
+
+    def _run(self, module: str, args: str, fds: list[int]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, args, json.dumps(fds)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stderr=self.log,
+        )
+
+    def successor(self) -> Self:
+        """Return another of its kind in its place; it has been killed or has ended."""
+        return type(self)(self._version, self)
 
     def __enter__(self) -> Self:
         return self
@@ -248,8 +260,7 @@ class Vtpmd:
 
     def processor_s(self) -> float:
         """How much processor time it has used so far, in seconds."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return processor_s(self.process.pid)
 
     def exit_status(self) -> int:
         """Wait for its end and return the status."""
@@ -302,6 +313,12 @@ class PlayedEmulator:
         return decode_reply(command, data)
 
 
+def processor_s(pid: int) -> float:
+    """Return how much processor time a process has used so far, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _listener(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -309,14 +326,14 @@ def _listener(path: Path) -> socket.socket:
     return listener
 
 
-def _main(args: dict[str, Any], fds: Sequence[int]) -> int:
-    """The process: its descriptors at the numbers of InstanceFd, then as the confinement program starts it."""
+def run_prepared(prepare: Callable[[Any, tuple[int, ...]], Callable[[], int]], args: str, fds: Sequence[int]) -> int:
+    """Be the process: its descriptors at the numbers of InstanceFd, then as the confinement program starts it."""
     high = [os.dup2(fd, 100 + number) for number, fd in enumerate(fds)]
     for number, fd in zip(InstanceFd, high, strict=False):
         os.dup2(fd, number, inheritable=False)
         os.close(fd)
     os.closerange(InstanceFd(len(fds) + 2) + 1, 200)
-    return prepare(_Spec(args), tuple(range(3, 3 + len(fds))))()
+    return prepare(_Spec(json.loads(args)), tuple(range(3, 3 + len(fds))))()
 
 
 class _Spec:
@@ -327,4 +344,4 @@ class _Spec:
 
 
 if __name__ == "__main__":
-    os._exit(_main(json.loads(sys.argv[1]), json.loads(sys.argv[2])))
+    os._exit(run_prepared(prepare, sys.argv[1], json.loads(sys.argv[2])))

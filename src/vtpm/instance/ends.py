@@ -14,6 +14,7 @@ from typing import Protocol
 from vtpm.errors import ProtocolError
 from vtpm.guest_link.hold import Hold
 from vtpm.guest_link.journal import Journal, JournaledPower
+from vtpm.guest_link.listener import Listener, SocketListener
 from vtpm.guest_link.refusals import Client
 from vtpm.wire.hold import ParkedKind
 from vtpm.wire.instance_spec import InstanceFd
@@ -33,42 +34,6 @@ class HoldEnd(Protocol):
     def drop(self, kind: ParkedKind) -> None:
         """Have the kept descriptor of this kind closed. Raises OSError."""
         ...
-
-
-class Listener(Protocol):
-    """Where clients come from."""
-
-    def fileno(self) -> int:
-        """Descriptor that is readable while a client waits."""
-        ...
-
-    def accept(self) -> Client | None:
-        """Take the next client; None when it has gone again."""
-        ...
-
-
-class SocketListener:
-    """A listening socket.
-
-    Args:
-        sock: listens; made non-blocking.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-
-    def fileno(self) -> int:
-        """See Listener."""
-        return self._sock.fileno()
-
-    def accept(self) -> Client | None:
-        """See Listener."""
-        try:
-            connection, _ = self._sock.accept()
-        except OSError:
-            return None
-        return Client.of(connection)
 
 
 @dataclass(frozen=True)

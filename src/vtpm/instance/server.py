@@ -333,6 +333,10 @@ class InstanceServer:
 
     def _note(self, text: str) -> None:
         self.complain(text)
+        self.tell_note(text)
+
+    def tell_note(self, text: str) -> None:
+        """Tell the manager a line for its log; from any thread."""
         self._channel.tell(Note(text))
 
     def complain(self, text: str) -> None:

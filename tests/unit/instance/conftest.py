@@ -1,4 +1,4 @@
-"""A vtpmd to talk to, powered off, its manager having said Hello."""
+"""A vtpmd to talk to, powered off, its manager having said Hello: as a process, and as in a virtual machine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.relayed import RelayedVtpmd
 from tests.support.vtpmd import Vtpmd
 
+KINDS = {"process": Vtpmd, "relayed": RelayedVtpmd}
 
-@pytest.fixture
-def vtpmd() -> Iterator[Vtpmd]:
-    with Vtpmd() as vtpmd:
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def vtpmd(request: pytest.FixtureRequest) -> Iterator[Vtpmd]:
+    with request.param() as vtpmd:
         vtpmd.manager.hello()
         yield vtpmd

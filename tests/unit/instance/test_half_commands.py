@@ -25,7 +25,7 @@ def test_a_command_in_parts_has_one_answer_when_the_vtpmd_dies_after_any_of_its_
             for _ in range(2):
                 assert emulator.control(SetBufferSize(0)).result == 0
             predecessor.kill()
-            successor = stack.enter_context(Vtpmd(predecessor=predecessor))
+            successor = stack.enter_context(predecessor.successor())
             predecessor.close()
             successor.manager.hello()
             predecessor = successor

@@ -1,0 +1,132 @@
+"""Entry of vtpmd as the first process of a virtual machine: the same vtpmd, its links coming through two serial ports.
+
+Its arguments come with the relay's HELLO, not with the kernel's command line: that is measured, and one measurement
+must stand for every vTPM of an image. The manager link has the other port, and goes past the relay.
+"""
+
+from __future__ import annotations
+
+import importlib
+import select
+import sys
+from typing import Protocol, cast
+
+from vtpm.errors import ProtocolError, UnavailableError, VtpmError
+from vtpm.guest_link.refusals import Complaints
+from vtpm.instance.server import InstanceServer
+from vtpm.instance.vm_pump import Pump
+from vtpm.wire.framing import BadFrame
+from vtpm.wire.guest_port import (
+    GUEST_PORT,
+    MANAGER_PORT,
+    MAX_BODY_BYTES,
+    Direction,
+    Ended,
+    Hello,
+    Ready,
+    decode_message,
+    encode_message,
+)
+from vtpm.wire.instance_spec import InstanceArgs
+from vtpm.wire.port_stream import PortStream
+
+CONNECT_TIMEOUT_S = 30.0
+
+
+class Boot(Protocol):
+    """What the first process of a virtual machine does beside serving: the module `vm_boot`."""
+
+    def mount_all(self) -> None:
+        """Mount what Python and the ports need."""
+        ...
+
+    def load_modules(self) -> None:
+        """Load the kernel's modules for the ports."""
+        ...
+
+    def open_port(self, name: str) -> int:
+        """Open the virtio-serial port of this name, to read and write, and return its descriptor. Raises OSError."""
+        ...
+
+    def power_off(self) -> None:
+        """Power the virtual machine off."""
+        ...
+
+
+def main() -> None:
+    """Be the first process of a virtual machine."""
+    run(cast(Boot, importlib.import_module("vtpm.instance.vm_boot")))
+
+
+def run(boot: Boot) -> None:
+    """Boot, serve, and power the virtual machine off, however serving ended."""
+    try:
+        boot.mount_all()
+        boot.load_modules()
+        manager_fd, guest_fd = boot.open_port(MANAGER_PORT), boot.open_port(GUEST_PORT)
+        for fd in (manager_fd, guest_fd):
+            wait_connected(fd)
+        serve(guest_fd, manager_fd)
+    except (VtpmError, OSError) as error:
+        # Said before the power goes; the relay sees the port hang up.
+        sys.stderr.write(f"vtpmd: {error}\n")
+    finally:
+        boot.power_off()
+
+
+def wait_connected(fd: int, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    """Wait until the host's end of a port is open, which the kernel hears of a moment after the port is there.
+
+    Raises:
+        ProtocolError: it was not opened in time.
+    """
+    with select.epoll() as poller:
+        # Edge-triggered: a port that is hung up says so all the time, and once more when that changes.
+        poller.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        while events := poller.poll(timeout_s):
+            if not events[0][1] & select.EPOLLHUP:
+                return
+    raise ProtocolError("the host's end of a port was not opened in time")
+
+
+def serve(guest_fd: int, manager_fd: int) -> int:
+    """Serve as the relay says until the end; return the exit status, which the relay has been told.
+
+    Args:
+        guest_fd, manager_fd: the ports; serial devices or stream sockets.
+    Raises:
+        OSError: the relay went before the vtpmd was ready.
+    """
+    port = PortStream(guest_fd, MAX_BODY_BYTES)
+    try:
+        hello, waiting = _wait_for_hello(port)
+        pump = Pump(port, hello)
+        server = InstanceServer(InstanceArgs(hello.tpm_version, hello.role), pump.ends(manager_fd))
+        server.start_threads()
+        port.send(encode_message(Ready(hello.session)))
+    except VtpmError as error:
+        sys.stderr.write(f"vtpmd: {error}\n")
+        port.send(encode_message(Ended(error.exit_status)))
+        return error.exit_status
+    pump.start(waiting, server.tell_note, Complaints(server.complain).add)
+    status = server.run()
+    pump.finish(status)
+    return status
+
+
+def _wait_for_hello(port: PortStream) -> tuple[Hello, list[bytes | BadFrame]]:
+    """Return HELLO and what came behind it. Raises UnavailableError: the relay is gone."""
+    poller = select.poll()
+    poller.register(port, select.POLLIN)
+    while True:
+        poller.poll()
+        bodies = port.receive()
+        if bodies is None:
+            raise UnavailableError("the host's end of the guest port is closed")
+        for number, body in enumerate(bodies, 1):
+            try:
+                message = None if isinstance(body, BadFrame) else decode_message(body, Direction.TO_VM)
+            except ProtocolError:
+                message = None
+            if isinstance(message, Hello):
+                return message, bodies[number:]

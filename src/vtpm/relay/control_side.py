@@ -1,0 +1,197 @@
+"""One client of the control channel, as the relay has it: its requests, one at a time, and the replies to them.
+
+Requests are decoded and written anew, and so are replies: what a client hears is one whole reply to what it asked,
+whatever the virtual machine says. What is no request is refused here, as a vtpmd refuses it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from vtpm.errors import ProtocolError
+from vtpm.guest_link.control_link import ControlLink, Received, close_descriptors
+from vtpm.guest_link.journal import Journal
+from vtpm.guest_link.refusals import Client
+from vtpm.relay.data_side import DataSide
+from vtpm.relay.waiting import Waiting
+from vtpm.tpm.return_codes import Rc12
+from vtpm.wire.emulator import (
+    Command,
+    Init,
+    Malformed,
+    Plain,
+    Request,
+    SetLocality,
+    SetStateBlob,
+    decode_reply,
+    encode_reply,
+    error_reply,
+)
+from vtpm.wire.guest_port import Control, DataFd
+
+
+class ControlHost(Protocol):
+    """What a client needs of the relay."""
+
+    def send(self, message: Control | DataFd) -> None:
+        """Send a message to the virtual machine."""
+        ...
+
+    def offer_data(self, fd: int | None) -> DataSide | int:
+        """Take the descriptor of SET_DATAFD for a client of the data channel, or return the result that refuses it."""
+        ...
+
+    def attach(self, data: DataSide) -> None:
+        """The vtpmd has taken the offered one: the control client is an emulator. Raises OSError: it cannot be kept."""
+        ...
+
+    def withdraw(self, data: DataSide) -> None:
+        """The offered one is not taken."""
+        ...
+
+
+class ControlSide:
+    """See the module.
+
+    Args:
+        client: its connection; closed by `close`.
+        connection: its number on the guest port.
+        journal: of the control channel.
+        host: see ControlHost.
+    """
+
+    def __init__(self, client: Client, connection: int, journal: Journal, host: ControlHost) -> None:
+        self.link = ControlLink(client.sock, journal)
+        self.uid = client.uid
+        self.connection = connection
+        self.waiting = Waiting()
+        self.over = False
+        """Nothing more can be done for it; the relay closes it then."""
+        self.closed = False
+        """The vtpmd has said Closed."""
+        self._journal = journal
+        self._host = host
+        self._queued: deque[Request | Malformed] = deque()
+        """What it sent ahead."""
+        self._asked: Request | None = None
+        self._offered: DataSide | None = None
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether to look at its connection."""
+        return not (self.over or self._asked or self._queued)
+
+    def settle(self) -> None:
+        """End the turn that a predecessor left; an INIT is asked for again (decision record 1)."""
+        try:
+            command = self.link.unfinished()
+            if command is Command.INIT:
+                self._carry_out(Init(0))
+            elif command is not None:
+                self.link.fail_unfinished(Rc12.TPM_FAIL)
+        except OSError:
+            self.over = True
+
+    def on_readable(self) -> None:
+        """Take what has come, and ask the virtual machine."""
+        try:
+            received = self.link.receive()
+        except OSError:
+            self.over = True
+            return
+        try:
+            self._take(received)
+        finally:
+            close_descriptors(received)
+
+    def on_reply(self, data: bytes) -> bool:
+        """Give the client its reply.
+
+        Returns:
+            False: it has asked nothing, and nothing is sent; or this is no reply to what it asked, which has failed.
+        """
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return False
+        command = asked.command
+        try:
+            reply = decode_reply(command, data)
+            data, result, is_reply = (
+                encode_reply(command, reply.result, data=reply.data, **reply.fields),
+                reply.result,
+                True,
+            )
+        except ProtocolError:
+            data, result, is_reply = error_reply(command, Rc12.TPM_FAIL), int(Rc12.TPM_FAIL), False
+        try:
+            self._follow(asked, result)
+        except OSError:
+            self.over = True
+            return is_reply
+        self._answer(data)
+        self._go_on()
+        return is_reply
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.over = True
+        if self._offered is not None:
+            self._host.withdraw(self._offered)
+        self.link.close()
+
+    def _take(self, received: Received) -> None:
+        if received.ended:
+            self.over = True
+        elif received.requests or received.descriptors:
+            self.waiting.whole()
+        else:
+            self.waiting.half()
+        for request in received.requests:
+            if self.wants_input and request.command is Command.SET_DATAFD:
+                self._offer(received.take_descriptor())
+            else:
+                self._queued.append(request)
+                self._go_on()
+
+    def _go_on(self) -> None:
+        while self._queued and self._asked is None and not self.over:
+            self._carry_out(self._queued.popleft())
+
+    def _carry_out(self, request: Request | Malformed) -> None:
+        if isinstance(request, Malformed):
+            self._answer(request.reply)
+        elif isinstance(request, SetStateBlob):
+            # As a vtpmd answers it; its data is larger than what goes over the port.
+            self._answer(error_reply(request.command, Rc12.TPM_BAD_ORDINAL))
+        elif request.command is Command.SET_DATAFD:
+            # Sent ahead of a reply, so that its descriptor is gone.
+            self._answer(error_reply(request.command, Rc12.TPM_FAIL))
+        else:
+            self._asked = request
+            self._host.send(Control(self.connection, request))
+
+    def _offer(self, fd: int | None) -> None:
+        offered = self._host.offer_data(fd)
+        if isinstance(offered, int):
+            self._answer(error_reply(Command.SET_DATAFD, offered))
+            return
+        self._offered = offered
+        self._asked = Plain(Command.SET_DATAFD)
+        self._host.send(DataFd(self.connection, offered.connection))
+
+    def _follow(self, asked: Request, result: int) -> None:
+        """Keep what a successor must know of a request that was carried out."""
+        offered, self._offered = self._offered, None
+        if offered is not None and result == 0:
+            self._host.attach(offered)
+        elif offered is not None:
+            self._host.withdraw(offered)
+        elif isinstance(asked, SetLocality) and result == 0:
+            self._journal.locality = asked.locality
+
+    def _answer(self, reply: bytes) -> None:
+        try:
+            self.link.reply(reply)
+        except OSError:
+            self.over = True

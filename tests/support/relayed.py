@@ -1,0 +1,54 @@
+"""A vtpmd behind a relay, without the virtual machine around it: the same two programs, socket pairs for the ports.
+
+The vtpmd is what the first process of the virtual machine runs once its ports are open.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from tests.support import vtpmd as plain
+from tests.support.vtpmd import TIMEOUT_S, Vtpmd
+from vtpm.instance.vm_main import serve
+from vtpm.relay.main import prepare
+from vtpm.wire.instance_spec import InstanceArgs
+
+MANAGER_LINK_AT = 1
+"""Of the descriptors in the order of InstanceFd; the guest port is there for a relay."""
+
+
+class RelayedVtpmd(Vtpmd):
+    """See the module. `process` is the relay, which ends as the vtpmd says; `vm` is the vtpmd."""
+
+    vm: subprocess.Popen[bytes]
+
+    def _start(self, args: InstanceArgs, fds: list[int]) -> subprocess.Popen[bytes]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            relay_fds = [*fds]
+            relay_fds[MANAGER_LINK_AT] = ours.fileno()
+            self.vm = self._run("tests.support.relayed", "vm", [theirs.fileno(), fds[MANAGER_LINK_AT]])
+            return self._run("tests.support.relayed", json.dumps(args.to_json()), relay_fds)
+
+    def kill(self) -> None:
+        """End both, as the launcher does when one has ended."""
+        self.vm.kill()
+        super().kill()
+        self.vm.wait(TIMEOUT_S)
+
+    def processor_s(self) -> float:
+        """Of both."""
+        return super().processor_s() + plain.processor_s(self.vm.pid)
+
+
+def _main(args: str, fds: Sequence[int]) -> int:
+    return serve(*fds) if args == "vm" else plain.run_prepared(prepare, args, fds)
+
+
+if __name__ == "__main__":
+    os._exit(_main(sys.argv[1], json.loads(sys.argv[2])))
