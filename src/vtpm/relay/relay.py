@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from vtpm.errors import ProtocolError
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
@@ -118,23 +119,20 @@ class Relay:
                 return
             calls[fd]()
             self._reap()
-        for side in (self._control, self._data):
-            # What a call has closed is not in any of these any more.
-            if side is not None and side.wants_input and side.waiting.left_s == 0 and self._takes_clients():
+        for side in self._sides():
+            if side.waiting.left_s == 0:
                 self._read(side)
         self._reap()
 
     def _interests(self) -> Iterator[_Interest]:
         yield self._ends.hold.fileno(), select.POLLIN, self._on_hold
         yield self._port.fileno(), select.POLLIN | (select.POLLOUT if self._port.want_write else 0), self._on_port
-        if not self._takes_clients():
-            if self._fails_itself and self._data is not None and self._may_look(self._data):
-                yield self._data.link.fileno(), select.POLLIN, self._fail_data
-            return
         # Before the listeners, so that who has gone is not in the way of who comes.
-        for side in (self._control, self._data):
-            if side is not None and self._may_look(side):
-                yield side.link.fileno(), select.POLLIN, self._reader(side)
+        for side in self._sides():
+            if side.waiting.left_s is None:
+                yield side.link.fileno(), select.POLLIN, partial(self._read, side)
+        if not self._takes_clients():
+            return
         if not self._closing_control:
             yield self._ends.control_listener.fileno(), select.POLLIN, self._on_control_connect
         yield self._ends.data_listener.fileno(), select.POLLIN, self._on_data_connect
@@ -145,28 +143,23 @@ class Relay:
         # To a virtual machine that does not read, nothing more is said.
         return self._ready and not self._port.congested
 
-    @staticmethod
-    def _may_look(side: ControlSide | DataSide) -> bool:
-        return side.wants_input and side.waiting.left_s is None
+    def _sides(self) -> list[ControlSide | DataSide]:
+        """Clients that may be read from: all of them, or who has an answer here before the vtpmd is ready."""
+        sides = [self._control, self._data] if self._takes_clients() else [self._data] if self._fails_itself else []
+        return [side for side in sides if side is not None and side.wants_input]
 
-    def _reader(self, side: ControlSide | DataSide) -> Callable[[], None]:
-        return lambda: self._read(side)
-
-    @staticmethod
-    def _read(side: ControlSide | DataSide) -> None:
-        # Another call of the same round may have ended it.
-        if side.wants_input:
+    def _read(self, side: ControlSide | DataSide) -> None:
+        if not side.wants_input:
+            # Another call of the same round has ended it.
+            return
+        if isinstance(side, DataSide) and not self._ready:
+            side.on_readable(Refusal.FAILED)
+        else:
             side.on_readable()
 
     def _timeout_ms(self) -> float | None:
         """How long to wait at most, in milliseconds; None: without limit."""
-        waits = [
-            left
-            for side in (self._control, self._data)
-            if side is not None and side.wants_input and (left := side.waiting.left_s) is not None
-        ]
-        if not self._takes_clients():
-            waits = []
+        waits = [left for side in self._sides() if (left := side.waiting.left_s) is not None]
         if not self._ready:
             waits.append(max(0.0, self._ready_by_s - time.monotonic()))
         return 1000 * min(waits) + 1 if waits else None
@@ -353,10 +346,6 @@ class Relay:
         """See ControlHost."""
         data.close()
         self.send(Close(data.connection))
-
-    def _fail_data(self) -> None:
-        if self._data is not None and self._data.wants_input:
-            self._data.on_readable(Refusal.FAILED)
 
     def _reap(self) -> None:
         """Let go of clients that are over. With an emulator's control connection goes its data connection."""
