@@ -99,6 +99,9 @@ class Refusals:
         self._waiting.append(connection)
 
         def answered() -> None:
+            if connection not in self._waiting:
+                # It was readable in the same round in which a newer one took its place.
+                return
             with contextlib.suppress(OSError):
                 connection.recv(65536)
                 connection.send(answer)

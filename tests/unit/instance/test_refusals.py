@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from contextlib import ExitStack
 from unittest.mock import Mock
 
 import pytest
@@ -39,6 +41,34 @@ def test_no_process_is_named_when_the_kernel_names_none(pid: int, who: str) -> N
         Refusals(Mock(), Complaints(said.append)).refuse(Client(ours, pid, 1000), b"no")
     assert len(said) == 1
     assert who in said[0]
+
+
+class Round:
+    """A main loop that goes on with what was readable when its round began."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def watch(self, _: socket.socket, call: Callable[[], None]) -> None:
+        self.calls.append(call)
+
+    def unwatch(self, _: socket.socket) -> None:
+        """The round has begun."""
+
+
+def test_second_client_is_not_answered_when_a_newer_one_took_its_place_in_the_same_round() -> None:
+    with ExitStack() as stack:
+        loop = Round()
+        refusals = Refusals(loop, Complaints(lambda _: None))
+        pairs = [socket.socketpair() for _ in range(5)]
+        for ours, theirs in pairs:
+            stack.enter_context(ours)
+            stack.enter_context(theirs).settimeout(5)
+            theirs.sendall(b"first request")
+            refusals.refuse(Client(ours, 0, 1000), b"no")
+        for call in loop.calls:
+            call()
+        assert [theirs.recv(8) for _, theirs in pairs[1:]] == [b"no"] * 4
 
 
 @pytest.mark.timeout(60)
