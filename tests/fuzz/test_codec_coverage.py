@@ -35,7 +35,7 @@ CODECS = {
     "wire/fields": HeldBy("wire/test_manager_link*.py", "manager_link", 60),
     "wire/manager_link": HeldBy("wire/test_manager_link*.py", "manager_link", 70),
     "wire/manager_link_peers": HeldBy("wire/test_manager_link*.py", "manager_link", 95),
-    "wire/guest_port": HeldBy("wire/test_guest_port.py", "guest_port", 90),
+    "wire/guest_port": HeldBy("wire/test_guest_port.py", "guest_port", 75),
     "wire/emulator": HeldBy("wire/test_control_decoder.py", "emulator", 95),
     "wire/emulator_messages": HeldBy("wire/test_emulator*.py", "emulator", 85),
     "wire/emulator_replies": HeldBy("wire/test_emulator*.py", "emulator", 90),

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from tests.fuzz import effort
 from tests.fuzz.mutations import cuts, spoiled
-from tests.unit.wire.port_examples import to_relay, to_vm
+from tests.unit.wire.port_examples import requests, to_relay, to_vm, tpm_command, tpm_response
 from vtpm.errors import ProtocolError
+from vtpm.wire.emulator import Command, Plain, encode_request
 from vtpm.wire.framing import BadFrame, Deframer, encode_frame
-from vtpm.wire.guest_port import MAX_BODY_BYTES, Direction, decode_message, encode_message
+from vtpm.wire.guest_port import HEADER, MAX_BODY_BYTES, PORT_VERSION, Direction, decode_message, encode_message
 
 BOTH = st.one_of(st.tuples(st.just(Direction.TO_VM), to_vm), st.tuples(st.just(Direction.TO_RELAY), to_relay))
 
@@ -46,6 +47,22 @@ def test_noise_is_refused_or_is_a_message(noise: bytes, direction: Direction) ->
     except ProtocolError:
         return
     assert encode_message(message) == body
+
+
+_type = st.one_of(st.integers(1, 7), st.integers(0x81, 0x86))
+_head = st.builds(HEADER.pack, st.just(PORT_VERSION), _type, st.just(0), st.integers(0, 2))
+_field = st.one_of(requests.map(encode_request), st.builds(Plain, st.just(Command.SET_DATAFD)).map(encode_request))
+_fields = st.one_of(_field, spoiled(_field), spoiled(st.sampled_from([tpm_command(b"x"), tpm_response(b"\0" * 9)])))
+
+
+@effort.codec
+@given(_head, _fields, st.sampled_from(Direction))
+def test_fields_are_refused_or_are_whole(head: bytes, fields: bytes, direction: Direction) -> None:
+    try:
+        message = decode_message(head + fields, direction)
+    except ProtocolError:
+        return
+    assert encode_message(message) == head + fields
 
 
 @effort.codec
