@@ -21,6 +21,7 @@ from vtpm.wire.emulator import (
     Init,
     Malformed,
     Plain,
+    Reply,
     Request,
     SetLocality,
     SetStateBlob,
@@ -114,22 +115,16 @@ class ControlSide:
         asked, self._asked = self._asked, None
         if asked is None:
             return False
-        command = asked.command
         try:
-            reply = decode_reply(command, data)
-            data, result, is_reply = (
-                encode_reply(command, reply.result, data=reply.data, **reply.fields),
-                reply.result,
-                True,
-            )
+            reply, is_reply = decode_reply(asked.command, data), True
         except ProtocolError:
-            data, result, is_reply = error_reply(command, Rc12.TPM_FAIL), int(Rc12.TPM_FAIL), False
+            reply, is_reply = Reply(asked.command, int(Rc12.TPM_FAIL)), False
         try:
-            self._follow(asked, result)
+            self._follow(asked, reply.result)
         except OSError:
             self.over = True
             return is_reply
-        self._answer(data)
+        self._answer(encode_reply(reply.command, reply.result, data=reply.data, **reply.fields))
         self._go_on()
         return is_reply
 
