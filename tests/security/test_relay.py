@@ -16,7 +16,7 @@ from tests.support.relayed import MANAGER_LINK_AT, RelayedVtpmd
 from tests.support.vtpmd import TIMEOUT_S, PlayedEmulator
 from tests.unit.engine import commands
 from vtpm.confine.spawn import SpawnedProcess, spawn, wait_confined
-from vtpm.confine.spec import ConfinementSpec, Program, UserNamespace
+from vtpm.confine.spec import AllowList, ConfinementSpec, UserNamespace
 from vtpm.wire.emulator import Command, GetInfo, HashData, Init, Plain, SetBufferSize, SetLocality
 from vtpm.wire.instance_spec import InstanceArgs, RelayFd
 from vtpm.wire.manager_link import Note
@@ -64,7 +64,8 @@ class ConfinedRelay(RelayedVtpmd):
             hold_fd=RelayFd.HOLD,
             user_namespace=UserNamespace.HOST if root else UserNamespace.OWN,
             target_args=args.to_json(),
-            program=Program.RELAY,
+            program="vtpm-relay",
+            allow_list=AllowList.RELAY,
         )
         ours, theirs = socket.socketpair()
         # As the launcher, which keeps the other end: a log that nobody can read is a launcher that is gone.
