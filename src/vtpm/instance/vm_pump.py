@@ -49,6 +49,7 @@ END_TIMEOUT_S = 2.0
 _PREFIX = struct.Struct(">IBI")
 """Before a TPM command in the prefixed form: 8, locality, size; see tpm_stream."""
 _SEND_COMMAND = 8
+_HUNG_UP = select.POLLHUP | select.POLLERR
 
 
 class LocalHold:
@@ -167,7 +168,11 @@ class Pump:
         poller.register(self._port, events | (select.POLLOUT if self._port.want_write else 0))
         for channel in self._channels():
             poller.register(channel, select.POLLIN)
-        ready = {fd for fd, _ in poller.poll()}
+        ready = dict(poller.poll())
+        if ready.get(self._port.fileno(), 0) & _HUNG_UP:
+            # A hung up port says so all the time, and a serial one takes what is written as if it were only slow.
+            self._gone = True
+            return
         if self._wake in ready:
             os.eventfd_read(self._wake)
             self._send_told()
@@ -185,7 +190,10 @@ class Pump:
         self._send_told()
         poller = select.poll()
         poller.register(self._port, select.POLLOUT)
-        while self._port.want_write and poller.poll(END_TIMEOUT_S * 1000):
+        while self._port.want_write:
+            ready = poller.poll(END_TIMEOUT_S * 1000)
+            if not ready or ready[0][1] & _HUNG_UP:
+                return
             self._port.flush()
 
     def _channels(self) -> list[Channel]:

@@ -187,6 +187,8 @@ def test_vtpmd_stays_small_and_idle_when_the_relay_floods_and_does_not_read(mach
     assert processor_s(machine.process.pid) - spent_s < 0.05
     assert machine.resident_bytes() - before < MOST_GROWTH
     assert machine.process.poll() is None
+    machine.port.sock.close()
+    assert machine.process.wait(TIMEOUT_S) == ABANDONED
 
 
 def test_end_is_told_when_the_manager_shuts_down(machine: Machine) -> None:
