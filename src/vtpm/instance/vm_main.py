@@ -6,12 +6,13 @@ must stand for every vTPM of an image. The manager link has the other port, and 
 
 from __future__ import annotations
 
-import importlib
+import os
 import select
 import sys
-from typing import Protocol, cast
+import time
+from typing import NoReturn, Protocol
 
-from vtpm.errors import ProtocolError, UnavailableError, VtpmError
+from vtpm.errors import DomainError, ProtocolError, UnavailableError, VtpmError
 from vtpm.guest_link.refusals import Complaints
 from vtpm.instance.server import InstanceServer
 from vtpm.instance.vm_pump import Pump
@@ -31,12 +32,13 @@ from vtpm.wire.instance_spec import InstanceArgs
 from vtpm.wire.port_stream import PortStream
 
 CONNECT_TIMEOUT_S = 30.0
+PORT_RETRY_S = 0.005
 
 
 class Boot(Protocol):
     """What the first process of a virtual machine does beside serving: the module `vm_boot`."""
 
-    def mount_all(self) -> None:
+    def mount_file_systems(self) -> None:
         """Mount what Python and the ports need."""
         ...
 
@@ -44,26 +46,28 @@ class Boot(Protocol):
         """Load the kernel's modules for the ports."""
         ...
 
-    def open_port(self, name: str) -> int:
-        """Open the virtio-serial port of this name, to read and write, and return its descriptor. Raises OSError."""
+    def find_port(self, name: str) -> str:
+        """Return the path of the virtio-serial port of this name. Raises DomainError: it is not there."""
         ...
 
-    def power_off(self) -> None:
+    def power_off(self) -> NoReturn:
         """Power the virtual machine off."""
         ...
 
 
 def main() -> None:
     """Be the first process of a virtual machine."""
-    run(cast(Boot, importlib.import_module("vtpm.instance.vm_boot")))
+    from vtpm.instance import vm_boot
+
+    run(vm_boot)
 
 
 def run(boot: Boot) -> None:
     """Boot, serve, and power the virtual machine off, however serving ended."""
     try:
-        boot.mount_all()
+        boot.mount_file_systems()
         boot.load_modules()
-        manager_fd, guest_fd = boot.open_port(MANAGER_PORT), boot.open_port(GUEST_PORT)
+        manager_fd, guest_fd = _open_port(boot, MANAGER_PORT), _open_port(boot, GUEST_PORT)
         for fd in (manager_fd, guest_fd):
             wait_connected(fd)
         serve(guest_fd, manager_fd)
@@ -72,6 +76,18 @@ def run(boot: Boot) -> None:
         sys.stderr.write(f"vtpmd: {error}\n")
     finally:
         boot.power_off()
+
+
+def _open_port(boot: Boot, name: str) -> int:
+    deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            return os.open(boot.find_port(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+        except DomainError:
+            # The device tells the kernel of a port, and then of its name, a moment after its module was loaded.
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(PORT_RETRY_S)
 
 
 def wait_connected(fd: int, timeout_s: float = CONNECT_TIMEOUT_S) -> None:

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -17,14 +19,13 @@ from tests.support.relay import Port
 from tests.support.vtpmd import TIMEOUT_S, PlayedManager, processor_s
 from tests.unit.engine import commands
 from tests.unit.wire.port_examples import PORT_EXAMPLES, SESSION
-from vtpm.errors import ProtocolError
+from vtpm.errors import DomainError, ProtocolError
 from vtpm.instance import vm_main
 from vtpm.instance.vm_main import wait_connected
 from vtpm.tpm.types import TpmVersion
 from vtpm.wire.emulator import Command, Init, Plain, decode_reply
 from vtpm.wire.framing import encode_frame
 from vtpm.wire.guest_port import (
-    GUEST_PORT,
     Close,
     Closed,
     ConnectionKind,
@@ -217,39 +218,45 @@ def test_vtpmd_ends_when_a_port_hangs_up(machine: Machine, port: str, ready: boo
         assert machine.port.receive(Ended).status == ABANDONED
 
 
-class PlayedBoot:
-    """A virtual machine that boots at once. `fails`: it has no port."""
+class PoweredOff(BaseException):
+    """What ran, runs no more."""
 
-    def __init__(self, guest_fd: int, manager_fd: int, *, fails: bool = False) -> None:
+
+class PlayedBoot:
+    """A virtual machine that boots. Its ports have names at the third look, and are files, which have no far end."""
+
+    def __init__(self, folder: Path, *, fails: bool) -> None:
         self.did: list[str] = []
-        self._fds = {GUEST_PORT: guest_fd}
-        self._manager_fd = manager_fd
+        self._looks = 0
+        self._folder = folder
         self._fails = fails
 
-    def mount_all(self) -> None:
+    def mount_file_systems(self) -> None:
         self.did.append("mount")
 
     def load_modules(self) -> None:
         self.did.append("modules")
 
-    def open_port(self, name: str) -> int:
-        if self._fails:
-            raise FileNotFoundError(name)
-        return self._fds.get(name, self._manager_fd)
+    def find_port(self, name: str) -> str:
+        self._looks += 1
+        if self._looks < 3:
+            raise DomainError(f"no port {name}")
+        path = self._folder / name
+        if not self._fails:
+            path.touch()
+        return str(path)
 
-    def power_off(self) -> None:
+    def power_off(self) -> NoReturn:
         self.did.append("power off")
+        raise PoweredOff
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["relay gone", "no port"])
+@pytest.mark.parametrize("fails", [False, True], ids=["a port that is none", "no port"])
 def test_machine_is_powered_off_when_serving_has_ended_in_any_way(
-    fails: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fails: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guest, relay = socket.socketpair()
-    manager, theirs = socket.socketpair()
-    with guest, relay, manager, theirs:
-        relay.shutdown(socket.SHUT_WR)
-        boot = PlayedBoot(guest.fileno(), manager.fileno(), fails=fails)
+    boot = PlayedBoot(tmp_path, fails=fails)
+    with pytest.raises(PoweredOff):
         vm_main.run(boot)
     assert boot.did == ["mount", "modules", "power off"]
     assert capsys.readouterr().err.startswith("vtpmd: ")
