@@ -12,6 +12,7 @@ import sys
 import time
 from typing import NoReturn, Protocol
 
+from vtpm.engine import library
 from vtpm.errors import DomainError, ProtocolError, UnavailableError, VtpmError
 from vtpm.guest_link.refusals import Complaints
 from vtpm.instance.server import InstanceServer
@@ -30,6 +31,9 @@ from vtpm.wire.guest_port import (
 )
 from vtpm.wire.instance_spec import InstanceArgs
 from vtpm.wire.port_stream import PortStream
+
+# At import, so that an image's builder sees what it takes.
+library.load()
 
 CONNECT_TIMEOUT_S = 30.0
 PORT_RETRY_S = 0.005
