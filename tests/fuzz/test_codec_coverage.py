@@ -45,6 +45,7 @@ CODECS = {
     "wire/service_codec": HeldBy("wire_service/test_service.py", "service", 90),
     "guest_link/journal": HeldBy("guest_link/test_*.py", "journal", 60),
     "tpm/event_log": HeldBy("tpm/test_event_log.py", "event_log", 75),
+    "tpm/launch_log": HeldBy("tpm/test_launch_log.py", "launch_log", 80),
     "tpm/pcr_prediction": HeldBy("tpm/test_pcr_prediction.py", "event_log", 75),
     "tpm/authenticode": HeldBy("tpm/test_authenticode.py", "authenticode", 80),
     "recovery_key": HeldBy("test_recovery_key.py", "backup", 75),

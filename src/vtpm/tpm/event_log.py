@@ -144,12 +144,14 @@ class EventLog:
             have been in the log; their digests are dropped.
         events: in order, without the Spec ID event.
         startup_locality: from which TPM2_Startup was sent; 4 after an H-CRTM sequence.
+        vendor_info: what the Spec ID event has for whoever wrote the log. Spec: PFP 10.4.5.1.
     """
 
     format: LogFormat
     banks: tuple[HashAlgorithm, ...]
     events: tuple[Event, ...]
     startup_locality: Locality
+    vendor_info: bytes = b""
 
     def require_policy_bank(self, bank: HashAlgorithm) -> None:
         """Refuse a bank on which no policy may rest.
@@ -248,12 +250,12 @@ def parse_event_log(data: bytes) -> EventLog:
         while reader.start_event():
             older.append(_sha1_event(reader))
         return EventLog(LogFormat.SHA1_ONLY, (HashAlgorithm.SHA1,), tuple(older), Locality(0))
-    sizes = _spec_id(first)
+    sizes, vendor_info = _spec_id(first)
     events: list[Event] = []
     while reader.start_event():
         events.append(_agile_event(reader, sizes))
     banks = tuple(BY_IDENTIFIER[identifier] for identifier in sizes if identifier in BY_IDENTIFIER)
-    return EventLog(LogFormat.CRYPTO_AGILE, banks, tuple(events), _startup_locality(events))
+    return EventLog(LogFormat.CRYPTO_AGILE, banks, tuple(events), _startup_locality(events), vendor_info)
 
 
 class _Reader:
@@ -328,8 +330,8 @@ def _head(reader: _Reader) -> tuple[int, int]:
     return pcr, event_type
 
 
-def _spec_id(event: Event) -> dict[int, int]:
-    """Return size in bytes of the digests of each algorithm, by TPM_ALG_ID, from a TCG_EfiSpecIDEvent."""
+def _spec_id(event: Event) -> tuple[dict[int, int], bytes]:
+    """Return size in bytes of the digests of each algorithm, by TPM_ALG_ID, and vendorInfo of a TCG_EfiSpecIDEvent."""
     reader = _Reader(event.data)
     *_, minor, major, _errata, _uintn, count = _SPEC_ID.unpack(reader.take(_SPEC_ID.size))
     if (major, minor) != _SPEC_VERSION:
@@ -345,10 +347,10 @@ def _spec_id(event: Event) -> dict[int, int]:
         if not 1 <= size <= _MAX_DIGEST_BYTES or (known and size != known.digest_bytes):
             raise ProtocolError(f"the event log announces digests of {size} bytes for algorithm 0x{identifier:04x}")
         sizes[identifier] = size
-    reader.take(reader.take(1)[0])  # vendorInfo
+    vendor_info = reader.take(reader.take(1)[0])
     if not reader.at_end:
         raise ProtocolError("the Spec ID event of the event log has bytes after its end")
-    return sizes
+    return sizes, vendor_info
 
 
 def _startup_locality(events: list[Event]) -> Locality:
