@@ -50,52 +50,64 @@ def entry_of(record: VtpmRecord, states: Sequence[StateEntry], mark: SaveMark | 
         states: by kind, ascending.
     """
     fields = [
-        _field(_ENTRY_LABEL),
-        _field(record.id.bytes),
-        _field(record.name.encode()),
-        _number(record.owner_uid),
-        _number(record.owner_gid),
-        _field(None if record.vm_uuid is None else record.vm_uuid.bytes),
-        _field(record.tpm_version.encode()),
-        _field(record.domain.encode()),
-        _number(microseconds(record.created_at)),
-        _number(record.epoch),
-        _field(record.lifecycle.encode()),
-        _field(record.permit.state.encode()),
-        _field(record.permit.permit_id),
-        _field(record.wrapped_key),
-        _number(record.state_version),
-        _field(None if record.instance_id is None else record.instance_id.bytes),
-        _number(record.engine_version),
-        _number(len(states)),
+        octets_field(_ENTRY_LABEL),
+        octets_field(record.id.bytes),
+        octets_field(record.name.encode()),
+        number_field(record.owner_uid),
+        number_field(record.owner_gid),
+        octets_field(None if record.vm_uuid is None else record.vm_uuid.bytes),
+        octets_field(record.tpm_version.encode()),
+        octets_field(record.domain.encode()),
+        number_field(microseconds(record.created_at)),
+        number_field(record.epoch),
+        octets_field(record.lifecycle.encode()),
+        octets_field(record.permit.state.encode()),
+        octets_field(record.permit.permit_id),
+        octets_field(record.wrapped_key),
+        number_field(record.state_version),
+        octets_field(None if record.instance_id is None else record.instance_id.bytes),
+        number_field(record.engine_version),
+        number_field(len(states)),
     ]
     for state in states:
-        fields += [_number(state.kind), _number(state.epoch), _number(state.version), _field(state.digest)]
+        fields += [
+            number_field(state.kind),
+            number_field(state.epoch),
+            number_field(state.version),
+            octets_field(state.digest),
+        ]
     if mark is not None:
-        fields += [_field(mark.instance_id.bytes), _number(mark.seq), _field(mark.digest), _number(mark.version)]
+        fields += [
+            octets_field(mark.instance_id.bytes),
+            number_field(mark.seq),
+            octets_field(mark.digest),
+            number_field(mark.version),
+        ]
     return b"".join(fields)
 
 
 def next_events_head(head: bytes, event: Event) -> bytes:
     """Return the head of the audit log after this event, which has its id: a hash over all events up to it."""
     fields = [
-        _field(_EVENT_LABEL),
-        _field(head),
-        _number(event.event_id),
-        _number(microseconds(event.time)),
-        _field(None) if event.actor_uid is None else _number(event.actor_uid),
-        _field(event.kind.encode()),
-        _field(None if event.vtpm_name is None else event.vtpm_name.encode()),
-        _field(None if event.vtpm_id is None else event.vtpm_id.bytes),
-        _field(event.detail.encode()),
+        octets_field(_EVENT_LABEL),
+        octets_field(head),
+        number_field(event.event_id),
+        number_field(microseconds(event.time)),
+        octets_field(None) if event.actor_uid is None else number_field(event.actor_uid),
+        octets_field(event.kind.encode()),
+        octets_field(None if event.vtpm_name is None else event.vtpm_name.encode()),
+        octets_field(None if event.vtpm_id is None else event.vtpm_id.bytes),
+        octets_field(event.detail.encode()),
     ]
     return hashlib.sha256(b"".join(fields)).digest()
 
 
-def _field(content: bytes | None) -> bytes:
+def octets_field(content: bytes | None) -> bytes:
+    """Return a field of bytes, or the one that says "none"."""
     # No field is as long as the length that says "none".
     return b"\xff\xff\xff\xff" if content is None else len(content).to_bytes(4, "big") + content
 
 
-def _number(value: int) -> bytes:
+def number_field(value: int) -> bytes:
+    """Return a field that is a number."""
     return _NUMBER.pack(8, value)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 DEPTH = 20
 MAX_SLOTS = 1 << DEPTH
+POLICY_SLOT = MAX_SLOTS - 1
+"""Slot of the launch policy, which no vTPM gets."""
 EMPTY_LEAF = bytes(32)
 """Stands in a slot that no vTPM has; no SHA-256 is known to give it."""
 

@@ -19,8 +19,9 @@ from vtpm.errors import NotFoundError, StateError, StoreError
 from vtpm.secret import Secret
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.entries import NO_EVENTS, StateEntry, entry_of, next_events_head
+from vtpm.vault.launch_policy import LaunchImage, policy_leaf, with_image
 from vtpm.vault.ledger import Draft, Ledger, check_events_end, first_record
-from vtpm.vault.merkle import EMPTY_LEAF, leaf_hash
+from vtpm.vault.merkle import EMPTY_LEAF, POLICY_SLOT, leaf_hash
 from vtpm.vault.records import Event, SaveMark, VtpmRecord
 from vtpm.vault.root_record import (
     NOTHING_ANCHORED,
@@ -34,6 +35,8 @@ from vtpm.vault.root_record import (
 from vtpm.vault.rules import check_event
 from vtpm.vault.sqlite_file import (
     DATABASE_NAME,
+    POLICY_SCHEMA,
+    SCHEMA_VERSION,
     Check,
     damaged,
     lock_directory,
@@ -42,12 +45,16 @@ from vtpm.vault.sqlite_file import (
 )
 from vtpm.vault.sqlite_rows import (
     INSERT_EVENT,
+    REPLACE_IMAGE,
     SELECT_EVENTS_HEAD,
+    SELECT_IMAGES,
     SELECT_MARKS,
     SELECT_RECORDS,
     SELECT_STATE_ENTRIES,
     Row,
     event_values_of,
+    image_of,
+    image_values_of,
     mark_of,
     record_of,
     state_entry_of,
@@ -91,6 +98,7 @@ class Change:
         self._name = name
         self._slots: dict[VtpmId, int] = {}
         self._written: dict[VtpmId, Stored] = {}
+        self._images: Sequence[LaunchImage] | None = None
         self._events, self._events_head = ledger.record.events, ledger.record.events_head
 
     def vtpm(self, vtpm_id: VtpmId) -> VtpmRecord:
@@ -124,6 +132,19 @@ class Change:
         """Say what is stored of a vTPM by now, so that it need not be read again; forgotten at its next `all_of`."""
         self._written[stored.record.id] = stored
 
+    def images(self) -> Sequence[LaunchImage]:
+        """Return the launch policy. Raises StateError: its rows are not those that were written."""
+        return find_images(self.db, self._ledger, self._name)
+
+    def put_image(self, image: LaunchImage) -> None:
+        """Add an image to the launch policy, or replace it. Raises as `images` and `with_image`."""
+        self._images = with_image(self.images(), image)
+        if not _has_images(self.db):
+            # Of the schema before: from here on programs that know of no policy refuse the store.
+            self.db.execute(POLICY_SCHEMA)
+            self.db.execute("UPDATE vault_schema SET version = ?", (SCHEMA_VERSION,))
+        self.db.execute(REPLACE_IMAGE, image_values_of(image))
+
     def append_event(self, event: Event) -> int:
         """Append to the audit log and return the event's id."""
         check_event(event)
@@ -140,6 +161,8 @@ class Change:
             leaf = self._leaf(vtpm_id)
             if leaf != self._ledger.leaf(slot):
                 leaves[slot] = leaf
+        if self._images is not None and policy_leaf(self._images) != self._ledger.leaf(POLICY_SLOT):
+            leaves[POLICY_SLOT] = policy_leaf(self._images)
         if not leaves and self._events == self._ledger.record.events and above is None:
             return None
         return self._ledger.draft(leaves, self._events, self._events_head, above or 0)
@@ -292,6 +315,25 @@ class AnchoredDatabase:
                 db.close()
 
 
+def find_images(db: sqlite3.Connection, ledger: Ledger, name: str) -> Sequence[LaunchImage]:
+    """Return the launch policy, verified. Raises StateError: its rows are not those that were written."""
+    images = _images(db)
+    if policy_leaf(images) != ledger.leaf(POLICY_SLOT):
+        raise edited(name, "its launch policy is not the one that was written")
+    return images
+
+
+def _has_images(db: sqlite3.Connection) -> bool:
+    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'launch_image'"
+    return db.execute(query).fetchone() is not None
+
+
+def _images(db: sqlite3.Connection) -> list[LaunchImage]:
+    if not _has_images(db):
+        return []
+    return [image_of(row) for row in db.execute(SELECT_IMAGES + " ORDER BY kind, measurement")]
+
+
 def _row(db: sqlite3.Connection, vtpm_id: VtpmId) -> Row | None:
     row: Row | None = db.execute(SELECT_RECORDS + " WHERE id = ?", (vtpm_id.bytes,)).fetchone()
     return row
@@ -326,7 +368,10 @@ def _all_leaves(db: sqlite3.Connection, name: str) -> dict[int, bytes]:
     }
     if states or marks:
         raise edited(name, "it holds state of vTPMs that are not in its registry")
-    return leaves
+    if POLICY_SLOT in leaves:
+        raise edited(name, "a vTPM has the slot of the launch policy")
+    images = _images(db)
+    return leaves | {POLICY_SLOT: policy_leaf(images)} if images else leaves
 
 
 def _events_end(db: sqlite3.Connection) -> tuple[int, bytes]:

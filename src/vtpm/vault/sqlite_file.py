@@ -21,11 +21,24 @@ from vtpm.errors import StateError, StoreError
 
 DATABASE_NAME = "vtpm.db"
 APPLICATION_ID = 0x7674706D
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+POLICY_SCHEMA = """
+CREATE TABLE launch_image (
+    kind TEXT NOT NULL,
+    measurement TEXT NOT NULL,
+    label TEXT NOT NULL,
+    engine_version INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('allowed', 'retired')),
+    changed_at_us INTEGER NOT NULL,
+    PRIMARY KEY (kind, measurement)
+) STRICT
+"""
+"""What version 3 has and version 2 has not; a store of version 2 gets it with its first image."""
 SYNCHRONOUS = "FULL"
 """Each commit flushes the write-ahead log before it returns; what "answered means durable" rests on."""
 
 _UNANCHORED_SCHEMA = 1
+_WITHOUT_POLICY = 2
 _FILE_MAGIC = b"SQLite format 3\0"
 _FILE_HEADER_BYTES = 100
 _APPLICATION_ID_OFFSET = 68
@@ -234,7 +247,7 @@ def _create(directory: Path, first_record: Callable[[], bytes]) -> None:
     with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute("PRAGMA journal_mode=WAL")
-        db.executescript(f"BEGIN; {_SCHEMA}")
+        db.executescript(f"BEGIN; {_SCHEMA}{POLICY_SCHEMA};")
         db.execute("INSERT INTO vault_schema (one, version) VALUES (1, ?)", (SCHEMA_VERSION,))
         db.execute("INSERT INTO root (one, record) VALUES (1, ?)", (record,))
         db.execute("COMMIT")
@@ -329,10 +342,10 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     if version == _UNANCHORED_SCHEMA:
         raise StateError(
             f"{path} has schema version {version}, of a time before the first release; this program reads"
-            f" {SCHEMA_VERSION} alone",
+            f" {_WITHOUT_POLICY} and {SCHEMA_VERSION}",
             next_step="Use the program that wrote it, or move its directory away and begin anew.",
         )
-    if version != SCHEMA_VERSION:
+    if version not in (_WITHOUT_POLICY, SCHEMA_VERSION):
         raise damaged(path, f"its schema version is {version}")
 
 

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
 from vtpm.vault.entries import StateEntry, microseconds
+from vtpm.vault.launch_policy import ImageState, LaunchImage
 from vtpm.vault.records import (
     DomainKind,
     Event,
@@ -49,6 +50,12 @@ SELECT_EVENTS_HEAD = "SELECT event_id, head FROM event"
 INSERT_EVENT = (
     "INSERT INTO event (event_id, time_us, actor_uid, kind, vtpm_name, vtpm_id, detail, head)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+SELECT_IMAGES = "SELECT kind, measurement, label, engine_version, state, changed_at_us FROM launch_image"
+REPLACE_IMAGE = (
+    "INSERT INTO launch_image (kind, measurement, label, engine_version, state, changed_at_us)"
+    " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (kind, measurement) DO UPDATE SET label = excluded.label,"
+    " engine_version = excluded.engine_version, state = excluded.state, changed_at_us = excluded.changed_at_us"
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -133,6 +140,17 @@ def event_values_of(event: Event, head: bytes) -> Row:
         event.detail,
         head,
     )
+
+
+def image_of(row: Row) -> LaunchImage:
+    """Return the image in a row of SELECT_IMAGES."""
+    return LaunchImage(row[0], row[1], row[2], row[3], ImageState(row[4]), _time(row[5]))
+
+
+def image_values_of(image: LaunchImage) -> Row:
+    """Return the values for REPLACE_IMAGE."""
+    when_us = microseconds(image.changed_at)
+    return (image.kind, image.measurement, image.label, image.engine_version, str(image.state), when_us)
 
 
 def _time(time_us: int) -> datetime:

@@ -16,6 +16,7 @@ from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.anchor import AnchorKeeper
 from vtpm.vault.entries import NO_EVENTS, StateEntry, envelope_digest
+from vtpm.vault.launch_policy import LaunchImage, check_image
 from vtpm.vault.ledger import check_event_follows
 from vtpm.vault.records import (
     MAX_COUNTER,
@@ -43,7 +44,7 @@ from vtpm.vault.rules import (
     decides_who_runs,
     is_replay,
 )
-from vtpm.vault.sqlite_anchored import AnchoredDatabase, Change, Stored, find_mark
+from vtpm.vault.sqlite_anchored import AnchoredDatabase, Change, Stored, find_images, find_mark
 from vtpm.vault.sqlite_rows import (
     INSERT_RECORD,
     REPLACE_MARK,
@@ -262,6 +263,15 @@ class SqliteStore:
     def last_save(self, vtpm_id: VtpmId) -> SaveMark | None:
         with self._file.reading() as db:
             return find_mark(db, vtpm_id.bytes)
+
+    def list_images(self) -> Sequence[LaunchImage]:
+        with self._file.reading() as db:
+            return find_images(db, self._file.ledger, self._name)
+
+    def put_image(self, image: LaunchImage, *, event: Event | None = None) -> None:
+        check_image(image)
+        with self._file.changing(event, prompt=True) as change:
+            change.put_image(image)
 
     def append_event(self, event: Event) -> int:
         with self._file.changing() as change:

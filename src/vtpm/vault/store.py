@@ -16,6 +16,7 @@ from typing import Protocol
 
 from vtpm.errors import VtpmError
 from vtpm.tpm.types import InstanceId, VtpmId
+from vtpm.vault.launch_policy import LaunchImage
 from vtpm.vault.records import Event, SaveAck, SavedState, SaveMark, SaveRequest, VtpmRecord
 from vtpm.vault.root_record import AnchorValue
 
@@ -44,7 +45,7 @@ class Store(Protocol):
         """The last version since opening that must be anchored before it counts, 0 if there was none.
 
         So are creation, deletion, binding and its end, permits and their use, other wrapped keys, the taking of
-        volatile state, and the life cycle states of a migration. Saves and other words may wait.
+        volatile state, the launch policy, and the life cycle states of a migration. Saves and other words may wait.
         """
         ...
 
@@ -200,6 +201,19 @@ class Store(Protocol):
 
     def last_save(self, vtpm_id: VtpmId) -> SaveMark | None:
         """Return the bound instance's last committed save, or None."""
+        ...
+
+    def list_images(self) -> Sequence[LaunchImage]:
+        """Return the launch policy: the images that are known to this host, by kind and measurement."""
+        ...
+
+    def put_image(self, image: LaunchImage, *, event: Event | None = None) -> None:
+        """Put an image into the launch policy, or in the place of what it has under this kind and measurement.
+
+        Raises:
+            UsageError: a field is out of its bounds.
+            ConflictError: there are MAX_IMAGES.
+        """
         ...
 
     def append_event(self, event: Event) -> int:
