@@ -39,6 +39,9 @@ class Config:
         platform_tpm: "embedded", or a tpm2-tss TCTI such as "device:/dev/tpmrm0".
         pcrs: PCRs that the root key is sealed under, at the first start; empty: see `root_pcrs`.
         services_pcr: PCR of a hardware TPM that the services are measured into before they run; 0: they are not.
+        launch_pcr: PCR that what is launched for vTPMs is measured into; none of `pcrs`.
+        new_images: "allow" or "refuse": what to do with software for vTPMs that was never seen; or "auto": the first
+            with the embedded TPM, the second with hardware.
         zero_pcrs: "refuse" or "warn": what to do with a hardware TPM whose PCRs are all zero at set-up.
         fence_pcr: PCR, one of `pcrs`, that is extended once the root key is open; 0 for no fence.
         anchor: "each-commit", "interval", or "auto": the first for the embedded TPM, the second for hardware's wear.
@@ -53,6 +56,8 @@ class Config:
     platform_tpm: str = "embedded"
     pcrs: str = ""
     services_pcr: int = 13
+    launch_pcr: int = 12
+    new_images: str = "auto"
     zero_pcrs: str = "refuse"
     fence_pcr: int = 0
     anchor: str = "auto"
@@ -67,6 +72,11 @@ class Config:
         return self.services_pcr != 0 and self.platform_tpm != EMBEDDED
 
     @property
+    def allows_new_images(self) -> bool:
+        """Whether software for vTPMs that was never seen is allowed by itself."""
+        return self.new_images == "allow" or (self.new_images == "auto" and self.platform_tpm == EMBEDDED)
+
+    @property
     def root_pcrs(self) -> str:
         """PCRs for a new root key: those that are set, or the firmware's, and the services' where they are measured."""
         return self.pcrs or (f"{DEFAULT_PCRS},{self.services_pcr}" if self.measures else DEFAULT_PCRS)
@@ -77,8 +87,15 @@ class Config:
         return self.root_pcrs.partition(":")[0]
 
 
-_CHOICES = {"zero_pcrs": ("refuse", "warn"), "anchor": ("auto", "each-commit", "interval")}
+_CHOICES = {
+    "zero_pcrs": ("refuse", "warn"),
+    "anchor": ("auto", "each-commit", "interval"),
+    "new_images": ("auto", "allow", "refuse"),
+}
 _MAY_BE_ZERO = ("fence_pcr", "services_pcr")
+_FOR_SYSTEMS = range(8, 16)
+"""PCRs that operating systems extend and only a reset of the platform resets."""
+_OTHER_LAUNCH_PCR = "Set launch_pcr to 12 or 14, whichever nothing else uses"
 _NEVER_RESET = range(1, 16)
 """PCRs that only a reset of the platform resets, but for the firmware's own.
 Spec: TCG PC Client Platform TPM Profile, PCR attributes."""
@@ -135,6 +152,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     given |= {name: given[name].absolute() for name in ("state_dir", "run_dir")}
     config = Config(**given)
     _check_services_pcr(config)
+    _check_launch_pcr(config)
     return config
 
 
@@ -146,7 +164,26 @@ def _check_services_pcr(config: Config) -> None:
             next_step="Leave it at 13, or name one that nothing else extends while the host runs",
         )
     if config.measures and index == config.fence_pcr:
-        raise UsageError(f"services_pcr and fence_pcr cannot both be {index}", next_step="Use 13 and 12")
+        raise UsageError(f"services_pcr and fence_pcr cannot both be {index}", next_step="Use 13 and 14")
+
+
+def _check_launch_pcr(config: Config) -> None:
+    index = config.launch_pcr
+    if index not in _FOR_SYSTEMS:
+        raise UsageError(
+            f"launch_pcr cannot be {index}: PCRs 0 to 7 are the firmware's, and those from 16 on can be reset",
+            next_step=_OTHER_LAUNCH_PCR,
+        )
+    sealed_under = {int(number) for number in config.root_pcrs.partition(":")[2].split(",") if number.isdecimal()}
+    uses = {"fence_pcr": {config.fence_pcr}, "pcrs": sealed_under}
+    if config.measures:
+        uses["services_pcr"] = {config.services_pcr}
+    for name, indexes in uses.items():
+        if index in indexes:
+            raise UsageError(
+                f"launch_pcr cannot be {index}, which {name} has: each new image would lock the root key out",
+                next_step=_OTHER_LAUNCH_PCR,
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:

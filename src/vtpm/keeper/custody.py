@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from vtpm.errors import ConflictError, PlatformTpmError, StateError, VtpmError
 from vtpm.keeper import escrow
+from vtpm.keeper.launches import Held, Launches, refused_pcr
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import NewRoot, RootKey, has_root_file, open_root_key, save_root_file, seal_again
 from vtpm.platform_tpm.anchor import Anchor, AnchorIndex
@@ -28,6 +29,7 @@ from vtpm.platform_tpm.root_policy import PcrSet, PcrSets
 from vtpm.platform_tpm.sealed_blob import SealedBlob
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import KEY_BYTES, Secret
+from vtpm.tpm.launch_log import Launch
 from vtpm.wire.keeper import PcrState
 
 RETRY_S = 2.0
@@ -44,12 +46,14 @@ class Custody:
         state_dir: the keeper's own.
         platform: the platform TPM.
         new: what a new root key is sealed under; its fence holds for an old one too.
+        launches: where what is launched is measured, if it is.
     """
 
-    def __init__(self, state_dir: Path, platform: Platform, new: NewRoot) -> None:
+    def __init__(self, state_dir: Path, platform: Platform, new: NewRoot, launches: Launches | None = None) -> None:
         self._state_dir = state_dir
         self._platform = platform
         self._new = new
+        self._launches = launches
         self._busy = threading.Lock()
         self._tpm: PlatformTpm | None = None
         self._anchor: AnchorIndex | None = None
@@ -275,6 +279,37 @@ class Custody:
                 next_step="Run `vtpm shutdown`, then start vtpm-managerd again",
             )
         return PcrSelection(self._new.selection.bank, (self._new.services_pcr,))
+
+    # -- launches ---------------------------------------------------------------------------------------------------
+    def measure_launch(self, launch: Launch) -> None:
+        """Have a launch extended into the PCR for launches, once in a boot.
+
+        Raises:
+            ConflictError: there is no such PCR, or it must not be extended; or as Launches.measure.
+            PlatformTpmError: the TPM does not answer, and this keeper has not seen the launch in the PCR.
+            StoreError: as Launches.measure.
+        """
+        launches = self._launches_of_open_root()
+        # The count is that of the last connection; a TPM that is reset under one is found out by its sessions.
+        if not launches.known(launch, self._reset_count):
+            # Harmless if it is done twice: the log tells whether the first time came to its end.
+            self._ask_any(lambda tpm: launches.measure(launch, tpm))
+
+    def launches(self) -> tuple[Launches, Held]:
+        """Return the log of launches beside its PCR. Raises as measure_launch."""
+        launches = self._launches_of_open_root()
+        return launches, self._ask_any(launches.look)
+
+    def _launches_of_open_root(self) -> Launches:
+        launches = self._launches
+        if launches is None:
+            raise ConflictError(
+                "the keeper was started without a PCR for launches",
+                next_step="Run `vtpm shutdown`, then start vtpm-managerd again",
+            )
+        if launches.pcr in self.root.opened_by.selection.indexes:
+            raise refused_pcr(launches.pcr, f"the root key is sealed under {self.root.opened_by.selection}")
+        return launches
 
     # -- anchor -----------------------------------------------------------------------------------------------------
     def anchor_key(self) -> Secret:

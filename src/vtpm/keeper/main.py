@@ -1,7 +1,7 @@
 """vtpm-keeper: alone talks to the platform TPM; holds the root key; unwraps one vTPM's key at a time.
 
     vtpm-keeper --run-dir DIR --state-dir DIR --platform-tpm embedded|TCTI [--manager-uid UID] [--pcrs sha256:0,2,4,7]
-                [--zero-pcrs refuse|warn] [--fence-pcr N] [--services-pcr N] [--uid UID --gid GID]
+                [--zero-pcrs refuse|warn] [--fence-pcr N] [--services-pcr N] [--launch-pcr N] [--uid UID --gid GID]
 
 Serves DIR/keeper.sock once it has tried to open the root key, in the foreground, until SIGTERM. It does not mind the
 manager's end. A root key that does not open stays locked: it says why, and waits for `vtpm recover`.
@@ -26,6 +26,7 @@ from vtpm.confine.title import set_title
 from vtpm.errors import UsageError, VtpmError
 from vtpm.keeper.custody import Custody
 from vtpm.keeper.directories import bind_socket, prepare_directory
+from vtpm.keeper.launches import LAUNCH_DIR, Launches, refused_pcr
 from vtpm.keeper.platforms import EMBEDDED, EMBEDDED_RUN_DIR, EmbeddedPlatform, HardwarePlatform, Platform
 from vtpm.keeper.root_key import NewRoot
 from vtpm.keeper.service import KeeperService
@@ -52,6 +53,7 @@ class Settings:
     zero_pcrs: ZeroPcrs
     fence_pcr: int | None
     services_pcr: int | None
+    launch_pcr: int | None
     uid: int
     gid: int
 
@@ -84,6 +86,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     )
     parser.add_argument("--fence-pcr", type=int, metavar="N", help="extended after opening: opens once in each boot")
     parser.add_argument("--services-pcr", type=int, metavar="N", help="what the services are measured into")
+    parser.add_argument("--launch-pcr", type=int, metavar="N", help="what is launched is measured into")
     parser.add_argument("--uid", type=int, metavar="UID", help="run as this user")
     parser.add_argument("--gid", type=int, metavar="GID", help="and this group; default: as UID")
     options = parser.parse_args(arguments)
@@ -99,6 +102,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
         zero_pcrs=ZeroPcrs.ALLOW if options.zero_pcrs == "warn" else ZeroPcrs.REFUSE,
         fence_pcr=options.fence_pcr,
         services_pcr=options.services_pcr,
+        launch_pcr=options.launch_pcr,
         uid=uid,
         gid=options.gid if options.gid is not None else (os.getegid() if options.uid is None else uid),
     )
@@ -125,6 +129,8 @@ def _run(settings: Settings) -> None:
     prepare_directory(settings.state_dir, settings.uid, settings.gid)
     if platform.kind is PlatformKind.EMBEDDED:
         prepare_directory(settings.run_dir / EMBEDDED_RUN_DIR, settings.uid, settings.gid)
+    if settings.launch_pcr is not None:
+        prepare_directory(settings.run_dir / LAUNCH_DIR, settings.uid, settings.gid)
     # Kept until the process ends.
     locks = [ServiceLock(settings.run_dir, "keeper"), ServiceLock(settings.state_dir, "keeper")]
     with bind_socket(settings.run_dir / KEEPER_SOCKET, settings.manager_uid) as listener:
@@ -143,10 +149,19 @@ def _device_groups(tcti: str) -> list[int]:
     return [Path(path).stat().st_gid] if name == "device" and path and Path(path).exists() else []
 
 
+def _launches(settings: Settings) -> Launches | None:
+    index = settings.launch_pcr
+    if index is None:
+        return None
+    if index in (settings.fence_pcr, settings.services_pcr, *settings.pcrs.indexes):
+        raise refused_pcr(index, "the root key, its fence or the services have it")
+    return Launches(settings.run_dir, PcrSelection(settings.pcrs.bank, (index,)))
+
+
 async def _serve(settings: Settings, platform: Platform, listener: socket.socket) -> None:
     zero_pcrs = ZeroPcrs.ALLOW if platform.kind is PlatformKind.EMBEDDED else settings.zero_pcrs
     new = NewRoot(settings.pcrs, zero_pcrs, settings.fence_pcr, settings.services_pcr)
-    custody = Custody(settings.state_dir, platform, new)
+    custody = Custody(settings.state_dir, platform, new, _launches(settings))
     custody.open()
     service = KeeperService(platform, custody, str(settings.pcrs))
     allowed = {0, settings.manager_uid}

@@ -17,11 +17,15 @@ from vtpm.platform_tpm.anchor import Anchor
 from vtpm.platform_tpm.pcrs import all_zero
 from vtpm.platform_tpm.root_policy import PcrSet
 from vtpm.secret import KEY_BYTES, Secret
+from vtpm.tpm.launch_log import Gap, Launch
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.keeper import (
     AnchorState,
     KeeperStatus,
     Key,
+    LaunchArgs,
+    LaunchEntry,
+    LaunchState,
     NewKey,
     NewKeyArgs,
     NoArgs,
@@ -69,6 +73,8 @@ class KeeperService:
             "policy_drop": self._drop,
             "services_pcr": lambda _args, _peer: custody.services_pcr(),
             "measure_services": self._measure,
+            "measure_launch": self._measure_launch,
+            "launches": lambda _args, _peer: self._launches(),
             "new_recovery_key": lambda _args, _peer: RecoveryText(custody.new_recovery_key().to_text()),
             "recovery_public_key": self._recovery_public_key,
             "recover": self._recover,
@@ -152,6 +158,24 @@ class KeeperService:
         _log.warning("process %d measured other services into PCR %d", peer.pid, state.pcr)
         return state
 
+    def _measure_launch(self, args: LaunchArgs, _peer: Peer) -> NoArgs:
+        self._custody.measure_launch(Launch(args.kind, args.measurement))
+        return NoArgs()
+
+    def _launches(self) -> LaunchState:
+        launches, held = self._custody.launches()
+        log = held.log
+        return LaunchState(
+            bank=str(launches.selection.bank),
+            pcr=launches.pcr,
+            value=held.value.hex(),
+            start=log.start.hex() if log else "",
+            entries=tuple(_entry(entry) for entry in log.entries) if log else (),
+            replays=log is not None and log.value == held.value,
+            doubt=held.doubt,
+            log=str(launches.path),
+        )
+
     def _recover(self, args: RecoveryText, _peer: Peer) -> Recovered:
         return Recovered(self._custody.recover(args.text))
 
@@ -195,6 +219,12 @@ class KeeperService:
         if root is not None and str(root.opened_by.selection) != self._selection:
             found.append(f"the root key stays sealed under PCRs {root.opened_by.selection}, not {self._selection}")
         return tuple(found)
+
+
+def _entry(entry: Launch | Gap) -> LaunchEntry:
+    if isinstance(entry, Gap):
+        return LaunchEntry("", "", entry.held.hex())
+    return LaunchEntry(entry.kind, entry.measurement, "")
 
 
 def _hex(one: PcrSet) -> tuple[str, ...]:

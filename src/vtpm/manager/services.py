@@ -149,6 +149,7 @@ def start_services(config: Config, layout: Layout) -> bool:
                 *("--zero-pcrs", config.zero_pcrs),
                 *(("--fence-pcr", str(config.fence_pcr)) if config.fence_pcr else ()),
                 *(("--services-pcr", str(config.services_pcr)) if config.measures else ()),
+                *("--launch-pcr", str(config.launch_pcr)),
                 *("--manager-uid", str(layout.manager_uid)),
                 *("--uid", str(layout.keeper_uid)),
                 *("--gid", str(layout.keeper_uid)),

@@ -31,7 +31,7 @@ def check_fence_pcr(index: int) -> int:
     if index not in _NEVER_RESET:
         raise UsageError(
             f"PCR {index} cannot be the fence: it can be reset while the platform runs",
-            next_step="Choose one from 0 to 15 that nothing else extends, such as 12",
+            next_step="Choose one from 0 to 15 that nothing else extends, such as 14",
         )
     return index
 

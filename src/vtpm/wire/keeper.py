@@ -24,6 +24,10 @@ MAX_PCRS = 24
 MAX_PCR_BYTES = 64
 MAX_LABEL_CHARS = 64
 MAX_RECOVERY_TEXT_CHARS = 256
+MAX_LAUNCHES = 256
+"""Of one log; as vtpm.tpm.launch_log.MAX_ENTRIES."""
+MAX_KIND_CHARS = 16
+MAX_MEASUREMENT_CHARS = 64
 
 
 class PlatformKind(enum.StrEnum):
@@ -109,6 +113,51 @@ class PcrDigest:
     """What a PCR is extended with; of its bank's size."""
 
     digest: Annotated[bytes, MaxLength(MAX_PCR_BYTES)]
+
+
+@dataclass(frozen=True)
+class LaunchArgs:
+    """What is about to be launched: kind of domain, and SHA-256 in hex over all that it runs."""
+
+    kind: Annotated[str, MaxLength(MAX_KIND_CHARS)]
+    measurement: Annotated[str, MaxLength(MAX_MEASUREMENT_CHARS)]
+
+
+@dataclass(frozen=True)
+class LaunchEntry:
+    """One entry of the log of launches.
+
+    Args:
+        kind, measurement: of a launch; empty for a gap.
+        held: for a gap, what the PCR was found to hold (hex), because something else had extended it.
+    """
+
+    kind: Annotated[str, MaxLength(MAX_KIND_CHARS)]
+    measurement: Annotated[str, MaxLength(MAX_MEASUREMENT_CHARS)]
+    held: Annotated[str, MaxLength(2 * MAX_PCR_BYTES)]
+
+
+@dataclass(frozen=True)
+class LaunchState:
+    """What was launched in this boot, by the log, and what the PCR says of that.
+
+    Args:
+        bank, pcr: where launches are measured to.
+        value: what the PCR holds, in hex.
+        start: what it held before the log began; empty when there is no log.
+        replays: whether the log, from `start` on, leads to `value`.
+        doubt: in words, what the log does not account for; empty when it accounts for all.
+        log: path of the log.
+    """
+
+    bank: Annotated[str, MaxLength(16)]
+    pcr: int
+    value: Annotated[str, MaxLength(2 * MAX_PCR_BYTES)]
+    start: Annotated[str, MaxLength(2 * MAX_PCR_BYTES)]
+    entries: Annotated[tuple[LaunchEntry, ...], MaxLength(MAX_LAUNCHES)]
+    replays: bool
+    doubt: Annotated[str, MaxLength(512)]
+    log: Annotated[str, MaxLength(4096)]
 
 
 @dataclass(frozen=True)
@@ -209,6 +258,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "policy_drop": Operation(args=PolicyLabel, result=PolicyState),
     "services_pcr": Operation(args=NoArgs, result=PcrState),
     "measure_services": Operation(args=PcrDigest, result=PcrState),
+    "measure_launch": Operation(args=LaunchArgs, result=NoArgs),
+    "launches": Operation(args=NoArgs, result=LaunchState),
     "new_recovery_key": Operation(args=NoArgs, result=RecoveryText),
     "recovery_public_key": Operation(args=NoArgs, result=RecoveryText),
     "recover": Operation(args=RecoveryText, result=Recovered),
@@ -348,6 +399,22 @@ class KeeperClient:
             ConflictError, PlatformTpmError, UnavailableError: as services_pcr.
         """
         state: PcrState = self._call("measure_services", PcrDigest(digest))
+        return state
+
+    def measure_launch(self, kind: str, measurement: str) -> None:
+        """Have what is about to be launched in the PCR for launches; it is extended once in a boot.
+
+        Raises:
+            ConflictError: this keeper was started with no such PCR, or it must not be extended.
+            PlatformTpmError: the platform TPM does not answer.
+            StoreError: the log cannot be written.
+            UnavailableError: the keeper does not answer.
+        """
+        self._call("measure_launch", LaunchArgs(kind, measurement))
+
+    def launches(self) -> LaunchState:
+        """Return the log of launches of this boot, held against its PCR. Raises as measure_launch."""
+        state: LaunchState = self._call("launches", NoArgs())
         return state
 
     def new_recovery_key(self) -> str:
