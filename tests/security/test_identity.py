@@ -254,7 +254,7 @@ def test_launcher_refuses_a_second_instance_and_the_first_goes_on_when_one_runs(
         launcher = PacketClient(LAUNCHER, host.run_dir / LAUNCHER_SOCKET)
         try:
             for vtpm_id, name in ((shown.uuid, "web3"), (uuid4(), "web1")):
-                args = StartArgs(VtpmId(vtpm_id), name, TpmVersion.V2_0, "process", 0, 0)
+                args = StartArgs(VtpmId(vtpm_id), name, TpmVersion.V2_0, "process", 0, 0, shown.measurement)
                 with pytest.raises(ConflictError, match="running"):
                     launcher.call("start", args, timeout_s=LIMIT_S)
             running, _ = launcher.call("attach", VtpmArgs(VtpmId(shown.uuid)), timeout_s=LIMIT_S)

@@ -14,6 +14,7 @@ import click
 from vtpm.cli.backups import export, import_vtpm
 from vtpm.cli.host import completion, events, shutdown, status
 from vtpm.cli.images import image
+from vtpm.cli.launch_policy import allow_image, launches, list_images, retire_image
 from vtpm.cli.output import Output, print_error
 from vtpm.cli.platform import policy, recover, recovery_key
 from vtpm.cli.run import run
@@ -25,6 +26,8 @@ _COMMANDS = (
     *(status, create, start, stop, delete, list_vtpms, show, events, run, export, import_vtpm, migrate),
     *(policy, recovery_key, recover, image, shutdown, completion),
 )
+for _command in (list_images, allow_image, retire_image, launches):
+    policy.add_command(_command)
 
 
 class _InOrder(click.Group):

@@ -45,7 +45,10 @@ def changes_options(command: Command) -> Command:
 
 @click.group()
 def policy() -> None:
-    """Say under which PCR values the root key opens: allow the next boot before an update, drop the last one after."""
+    """Say under which PCR values the root key opens, and which images may run vTPMs.
+
+    Allow the next boot, or the next image, before an update; drop or retire the last one after.
+    """
 
 
 @policy.command("show")

@@ -44,6 +44,7 @@ from vtpm.wire.api import (
     StopVtpm,
     Vtpm,
 )
+from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 from vtpm.wire.paths import default_run_dir
 
 SOCKET_VARIABLE = "VTPM_SOCKET"
@@ -55,9 +56,19 @@ EVENTS_PER_PAGE = 100
 
 Vtpms: TypeAlias = list[Vtpm]
 AuditEvents: TypeAlias = list[AuditEvent]
+Images: TypeAlias = list[Image]
 # Aliases, for in the class below `list` is a method.
 Body: TypeAlias = (
-    CreateVtpm | StartVtpm | StopVtpm | AllowPcrs | RecoveryKeyText | ExportVtpm | ImportBackup | ImportSwtpm
+    CreateVtpm
+    | StartVtpm
+    | StopVtpm
+    | AllowPcrs
+    | AllowImage
+    | RetireImage
+    | RecoveryKeyText
+    | ExportVtpm
+    | ImportBackup
+    | ImportSwtpm
 )
 
 _START_IT = "Start it: vtpm-managerd, or systemctl start vtpm-managerd"
@@ -245,6 +256,29 @@ class ManagerClient:
             ConflictError: it is the last one.
         """
         return self._policy(self._request("DELETE", f"/v1/policy/{urllib.parse.quote(label, safe='')}"))
+
+    def images(self) -> Images:
+        """Return the images that are known to this host: what may run vTPMs, and what may no more."""
+        return decode(Images, self._request("GET", "/v1/images"), "the images")
+
+    def allow_image(self, measurement: str, label: str, kind: str | None = None) -> AllowedImage:
+        """Let an image run vTPMs.
+
+        Args:
+            kind: of domain; None: that which would run this image now.
+        Raises:
+            UsageError: no kind was given, and none would run it now; or the label is not one.
+        """
+        answer = self._request("POST", "/v1/images", AllowImage(measurement, label, kind))
+        return decode(AllowedImage, answer, "the image")
+
+    def retire_image(self, measurement: str) -> Image:
+        """Let an image run no vTPM any more. Raises ConflictError: it runs one. NotFoundError: it is not known."""
+        return decode(Image, self._request("POST", "/v1/images/retire", RetireImage(measurement)), "the image")
+
+    def launches(self) -> Launches:
+        """Return what was launched in this boot, by the keeper's log, and whether the PCR says so too."""
+        return decode(Launches, self._request("GET", "/v1/launches"), "the launches")
 
     def new_recovery_key(self) -> NewRecoveryKey:
         """Make a recovery key, which is kept nowhere; an earlier one opens nothing any more."""

@@ -59,12 +59,30 @@ class Domain(Protocol):
 
     @property
     def measurement(self) -> str:
-        """SHA-256, in hex, over all that a domain of this kind runs."""
+        """SHA-256, in hex, over all that a domain of this kind runs, as it was when it was prepared last."""
+        ...
+
+    @property
+    def engine_version(self) -> int:
+        """Version of the engine that is part of it, MAJOR<<16 | MINOR<<8 | MICRO; 0: not known."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What a domain of this kind runs, in a few words for people."""
         ...
 
     @property
     def ready_within_s(self) -> int:
         """How long the vtpmd of a domain may take until it answers its manager."""
+        ...
+
+    async def prepare(self) -> None:
+        """Make ready, and measure, what starts of this kind have in common; called before each.
+
+        Raises:
+            VtpmError: domains of this kind cannot be started on this host; the message says why.
+        """
         ...
 
     def start(self, plan: DomainPlan) -> RunningDomain:

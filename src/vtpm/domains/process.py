@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -14,12 +17,15 @@ from vtpm.confine.spec import ConfinementSpec, UserNamespace
 from vtpm.domains.base import DomainPlan, RunningDomain
 from vtpm.domains.waiting import readable
 from vtpm.errors import DomainError
-from vtpm.measurement.digest import measure
+from vtpm.measurement.closure import measurement_of, read_contents
+from vtpm.measurement.digest import Contents
 from vtpm.wire.instance_spec import InstanceFd
 
 TARGET = "vtpm.instance.main:prepare"
 _REPORT_TIMEOUT_S = 5.0
 _READY_S = 10
+_MAX_LABEL_CHARS = 64
+_LIBTPMS_FILE = re.compile(r"libtpms\.so\.([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})")
 _PACKAGES = ("confine", "engine", "guest_link", "instance", "tpm", "wire")
 
 
@@ -28,14 +34,35 @@ class ProcessDomain:
 
     def __init__(self) -> None:
         self._import_paths = _import_paths()
-        # By the last parts of its place, so that the same software elsewhere has the same measurement.
-        files = _closure(self._import_paths)
-        self._measurement = measure(("/".join(path.parts[-3:]), path) for path in files)
+        self._contents: Contents = {}
+        self._measurement = ""
 
     @property
     def measurement(self) -> str:
         """SHA-256, in hex, over interpreter, engine, libtpms and every module of vtpm that an instance runs."""
         return self._measurement
+
+    @property
+    def engine_version(self) -> int:
+        """That in the name of libtpms' file; see Domain."""
+        found = _LIBTPMS_FILE.fullmatch(next((path.resolve().name for path in _libtpms()), ""))
+        return int(found[1]) << 16 | int(found[2]) << 8 | int(found[3]) if found else 0
+
+    @property
+    def label(self) -> str:
+        """Versions of vtpm and libtpms."""
+        libtpms = "".join(f", {path.resolve().name}" for path in _libtpms())
+        return f"vtpm {importlib.metadata.version('vtpm')}{libtpms}"[:_MAX_LABEL_CHARS]
+
+    async def prepare(self) -> None:
+        """Measure it, as far as the kernel says that it may have changed since the last time; see Domain."""
+        await asyncio.to_thread(self._measure)
+
+    def _measure(self) -> None:
+        # By the last parts of its place, so that the same software elsewhere has the same measurement.
+        files = {"/".join(path.parts[-3:]): path for path in _closure(self._import_paths)}
+        self._contents = read_contents(files, self._contents)
+        self._measurement = measurement_of(self._contents)
 
     @property
     def ready_within_s(self) -> int:
@@ -117,8 +144,11 @@ def _closure(import_paths: tuple[str, ...]) -> list[Path]:
     if backend is not None and backend.origin is not None:
         files.append(Path(backend.origin))
     files.append(Path(os.path.realpath("/proc/self/exe")))
-    files += [path for path in map(Path, _LIBTPMS_PATHS) if path.exists()]
-    return files
+    return files + _libtpms()
+
+
+def _libtpms() -> list[Path]:
+    return [path for path in map(Path, _LIBTPMS_PATHS) if path.exists()]
 
 
 _LIBTPMS_PATHS = (

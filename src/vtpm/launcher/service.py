@@ -34,6 +34,7 @@ from vtpm.wire.launcher import (
     InstanceInfo,
     Instances,
     LauncherStatus,
+    Measured,
     NoArgs,
     Replaced,
     StartArgs,
@@ -51,6 +52,10 @@ DEATHS_WITHIN_S = 60.0
 RETRY_S = 0.2
 _NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 _log = logging.getLogger("vtpm.launcher")
+
+
+class OtherImageError(ConflictError):
+    """What would run is not what was to be started."""
 
 
 class LauncherService:
@@ -89,6 +94,8 @@ class LauncherService:
         match op:
             case "status":
                 return LauncherStatus(os.getpid(), _boot_id(), os.geteuid() == 0), ()
+            case "measure":
+                return await self._measure(self._domain(args.kind)), ()
             case "start":
                 return await self._start(args)
             case "attach":
@@ -117,6 +124,19 @@ class LauncherService:
             raise NotFoundError(f"no instance of the vTPM {args.vtpm_id} is running")
         return slot
 
+    def _domain(self, kind: str) -> Domain:
+        domain = self._domains.get(kind)
+        if domain is None:
+            raise UsageError(
+                f"domains of the kind {kind} are not available on this host",
+                next_step=f"Available: {', '.join(sorted(self._domains))}",
+            )
+        return domain
+
+    async def _measure(self, domain: Domain) -> Measured:
+        await domain.prepare()
+        return Measured(domain.measurement, domain.engine_version, domain.label)
+
     async def _start(self, args: StartArgs) -> tuple[InstanceInfo, Sequence[int]]:
         if args.vtpm_id in self._slots:
             raise ConflictError(f"an instance of {args.name} is running already")
@@ -124,12 +144,7 @@ class LauncherService:
             raise UsageError(f"{args.name!r} is not a name for a vTPM")
         if any(slot.args.name == args.name for slot in self._slots.values()):
             raise ConflictError(f"an instance of another vTPM named {args.name} is running")
-        domain = self._domains.get(args.domain)
-        if domain is None:
-            raise UsageError(
-                f"domains of the kind {args.domain} are not available on this host",
-                next_step=f"Available: {', '.join(sorted(self._domains))}",
-            )
+        domain = self._domain(args.domain)
         if self._most <= len(self._slots) < MAX_INSTANCES:
             raise ConflictError(
                 f"{args.name} is not started: {len(self._slots)} instances are running, and the launcher may not open "
@@ -183,6 +198,16 @@ class LauncherService:
 
     # -- life of an instance ----------------------------------------------------------------------------------------
     async def _launch(self, slot: Slot, role: Role) -> Instance:
+        await slot.domain.prepare()
+        # Nothing may be awaited from here until it is started.
+        if slot.domain.measurement != slot.args.measurement:
+            raise OtherImageError(
+                f"{slot.args.name} was to run the image {slot.args.measurement}, and what is here now is"
+                f" {slot.domain.measurement}",
+                next_step="Start it again; if it was running, its virtual machine must be restarted then",
+            )
+        if slot.stopping:
+            raise ConflictError(f"{slot.args.name} was stopped while it was being started")
         instance = slot.start_instance(role)
         self._loop.add_reader(instance.hold, self._on_hold, slot, instance)
         try:
@@ -221,6 +246,9 @@ class LauncherService:
         while len(slot.deaths) <= MAX_DEATHS and not slot.stopping:
             try:
                 successor = await self._launch(slot, Role.SUCCESSOR)
+            except OtherImageError as error:
+                # It was let in with the other image alone; a start that somebody asks for decides about this one.
+                return None, f"{how}; no successor: {error.message}"
             except VtpmError as error:
                 _log.error("%s: no successor: %s", slot.args.name, error)
                 # What killed one may have killed the other too (no memory, say): the parked guest is worth another try.

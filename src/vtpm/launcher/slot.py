@@ -69,7 +69,7 @@ class Slot:
         """Set when no instance is left and none will follow."""
         self.instance: Instance | None = None
         self._log_lines = log_lines()
-        self._domain = domain
+        self.domain = domain
         self._sockets = sockets
         self._journals: dict[InstanceFd, int] = {}
         try:
@@ -97,7 +97,7 @@ class Slot:
                     **self._journals,
                     **{_PARKED_AS[kind]: fd for kind, fd in self._parked.items()},
                 }
-                running = self._domain.start(
+                running = self.domain.start(
                     DomainPlan(self.args.name, self.uid, InstanceArgs(self.args.tpm_version, role), fds, log_write)
                 )
             except OSError as error:
@@ -142,8 +142,8 @@ class Slot:
             instance_id=instance.instance_id,
             name=self.args.name,
             pid=instance.domain.pid,
-            measurement=self._domain.measurement,
-            ready_within_s=self._domain.ready_within_s,
+            measurement=self.args.measurement,
+            ready_within_s=self.domain.ready_within_s,
             control_socket=str(self._sockets.control_path),
             data_socket=str(self._sockets.data_path),
             protections=tuple(ProtectionLine(p.step[:512], p.status.value, p.why[:512]) for p in instance.report),

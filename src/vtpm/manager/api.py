@@ -35,6 +35,7 @@ from vtpm.wire.api import (
     StopVtpm,
     Vtpm,
 )
+from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 
 MAX_BODY_BYTES = 16 * 1024
 MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
@@ -186,6 +187,22 @@ def make_app(
     @app.delete("/v1/policy/{label:path}", dependencies=vault)
     async def drop(label: str, who: By) -> Policy:
         return await platform.drop(label, who)
+
+    @app.get("/v1/images", dependencies=vault)
+    async def images(who: By) -> list[Image]:
+        return await service.images.images(who)
+
+    @app.post("/v1/images", status_code=201, dependencies=vault)
+    async def allow_image(wanted: AllowImage, who: By) -> AllowedImage:
+        return await service.images.allow(wanted, who)
+
+    @app.post("/v1/images/retire", dependencies=vault)
+    async def retire_image(wanted: RetireImage, who: By) -> Image:
+        return await service.images.retire(wanted, who)
+
+    @app.get("/v1/launches", dependencies=vault)
+    async def launches(who: By) -> Launches:
+        return await service.images.launches(who)
 
     @app.post("/v1/recovery-key", status_code=201, dependencies=vault)
     async def recovery_key(who: By) -> NewRecoveryKey:

@@ -25,6 +25,7 @@ from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.manager.services import Layout, lay_out, make_run_dir, start_services
 from vtpm.manager.storage import Storage, anchor_policy, open_storage
+from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import Event
 from vtpm.wire.api import MANAGER_SOCKET
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
@@ -67,7 +68,8 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
     def open_vault(accepting: Event | None) -> Storage:
         return open_storage(layout.vault_dir, config.run_dir, anchor_policy(config), accepting)
 
-    service = ManagerService(config.run_dir, config.state_dir, open_vault, measured_services(config))
+    new_images = NewImages.ALLOW if config.allows_new_images else NewImages.REFUSE
+    service = ManagerService(config.run_dir, config.state_dir, open_vault, measured_services(config), new_images)
     try:
         await service.begin()
         # Slow to load, so that what runs has been taken up by now, and its saves are answered meanwhile.

@@ -23,12 +23,14 @@ import vtpm.manager.describe as describe
 from vtpm.errors import ConflictError, NotFoundError, StateError, UnavailableError, UsageError, VtpmError
 from vtpm.manager.access import Caller, may_create, require_owner, sees
 from vtpm.manager.audit_log import AuditLog
+from vtpm.manager.images import ImageService
 from vtpm.manager.instance_link import InstanceLink
 from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.running import Running, event_of
 from vtpm.manager.storage import Storage, VaultDoor
 from vtpm.tpm.types import Startup, VtpmId
+from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
 from vtpm.wire.api import CreateVtpm, LifeState, Lockout, MeasuredServices, ShutDown, Status, Vtpm
@@ -65,6 +67,7 @@ class ManagerService:
         run_dir, state_dir: the services' directories.
         open_storage: opens the vault, blocking; with an event, as the operator's decision to take it as it is.
         measured: what was measured of the services.
+        new_images: what becomes of software for vTPMs that was never seen.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class ManagerService:
         state_dir: Path,
         open_storage: Callable[[Event | None], Storage],
         measured: MeasuredServices,
+        new_images: NewImages,
     ) -> None:
         self.run_dir = run_dir
         self.state_dir = state_dir
@@ -82,6 +86,7 @@ class ManagerService:
         self.door = VaultDoor(open_storage, self._reconcile)
         self.audit = AuditLog(self.door)
         self._keeper = KeeperClient(run_dir, timeout_s=KEEPER_TIMEOUT_S)
+        self.images = ImageService(lambda: self.launcher, self._keeper, self.door, self.audit, self.running, new_images)
         self._locks: dict[VtpmId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._states: dict[VtpmId, LifeState] = {}
@@ -146,6 +151,7 @@ class ManagerService:
         info, fds = await self.launcher.call("attach", VtpmArgs(record.id))
         link_socket = _one_socket(fds)
         try:
+            await self.images.check_taken_up(record, info)
             key = await self.key(record)
             if record.instance_id != info.instance_id:
                 await self._store(
@@ -235,7 +241,8 @@ class ManagerService:
                 await self._stop_locked(record, running, caller, ShutdownMode.IMMEDIATE)
             await self._move(record, Happening.START)
             try:
-                running = await self._start_locked(record, startup)
+                async with self.images.admitted(record) as measurement:
+                    running = await self._start_locked(record, measurement, startup)
             except VtpmError as error:
                 event = event_of(caller.uid, "start_failed", record, why=str(error))
                 if self._state(record) is LifeState.STARTING:
@@ -339,11 +346,10 @@ class ManagerService:
         )
 
     # -- starting and stopping --------------------------------------------------------------------------------------
-    async def _start_locked(self, record: VtpmRecord, startup: Startup) -> Running:
+    async def _start_locked(self, record: VtpmRecord, measurement: str, startup: Startup) -> Running:
         key = await self.key(record)
-        args = StartArgs(
-            record.id, record.name, record.tpm_version, record.domain.value, record.owner_uid, record.owner_gid
-        )
+        owner = record.owner_uid, record.owner_gid
+        args = StartArgs(record.id, record.name, record.tpm_version, record.domain.value, *owner, measurement)
         info, fds = await self.launcher.call("start", args, START_TIMEOUT_S)
         link_socket = _one_socket(fds)
         try:
@@ -437,6 +443,7 @@ class ManagerService:
             return
         running.link.close()
         try:
+            self.images.check_successor(running.info, info)
             await self._store(
                 lambda store: store.bind_instance(record.id, info.instance_id, replaces=args.dead_instance_id)
             )

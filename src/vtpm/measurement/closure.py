@@ -64,10 +64,15 @@ class Closure:
 
     def contents(self, known: Contents) -> Contents:
         """Read all files that are not known as they are. Raises UnavailableError: one cannot be read."""
-        try:
-            return {name: _content(place, known.get(name, ("", ""))) for name, place in self.files.items()}
-        except OSError as error:
-            raise _unreadable(error) from error
+        return read_contents(self.files, known)
+
+
+def read_contents(files: Files, known: Contents) -> Contents:
+    """Read all files that are not known as they are. Raises UnavailableError: one cannot be read."""
+    try:
+        return {name: _content(place, known.get(name, ("", ""))) for name, place in files.items()}
+    except OSError as error:
+        raise _unreadable(error) from error
 
 
 def measurement_of(contents: Contents) -> str:
@@ -105,8 +110,8 @@ def find_closure(last: tuple[Files, str] | None = None, import_path: Sequence[st
 
 def _unreadable(error: OSError) -> UnavailableError:
     return UnavailableError(
-        f"the services cannot be measured: {error.filename}: {error.strerror}",
-        next_step="Install them where the user who starts them can read all of it",
+        f"the software cannot be measured: {error.filename}: {error.strerror}",
+        next_step="Install it where the user who starts it can read all of it",
     )
 
 

@@ -17,6 +17,10 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     GET    /v1/policy                    Policy: the PCR values that the root key opens under
     POST   /v1/policy                    AllowPcrs -> Policy (201)
     DELETE /v1/policy/{label}            Policy
+    GET    /v1/images                    list of Image: software that may run vTPMs, or may no more
+    POST   /v1/images                    AllowImage -> AllowedImage (201)
+    POST   /v1/images/retire             RetireImage -> Image
+    GET    /v1/launches                  Launches: what was launched in this boot
     POST   /v1/recovery-key              NewRecoveryKey (201); replaces an earlier recovery key
     POST   /v1/recover                   RecoveryKeyText -> Status
     POST   /v1/shutdown                  ShutDown (services end after the reply)

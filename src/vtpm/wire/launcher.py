@@ -36,6 +36,7 @@ class StartArgs:
         name: the vTPM's; also names its sockets.
         domain: kind of domain.
         owner_uid, owner_gid: who may connect to the guest link, besides root.
+        measurement: of what is to run; nothing else is started, also when an instance has to be replaced.
     """
 
     vtpm_id: VtpmId
@@ -44,6 +45,29 @@ class StartArgs:
     domain: Annotated[str, MaxLength(16)]
     owner_uid: int
     owner_gid: int
+    measurement: Annotated[str, MaxLength(64)]
+
+
+@dataclass(frozen=True)
+class KindArgs:
+    """Which kind of domain is meant."""
+
+    kind: Annotated[str, MaxLength(16)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a domain of some kind would run if it were started now.
+
+    Args:
+        measurement: SHA-256, in hex, over all of it.
+        engine_version: of the engine in it, MAJOR<<16 | MINOR<<8 | MICRO; 0: not known.
+        label: what it is, in a few words.
+    """
+
+    measurement: Annotated[str, MaxLength(64)]
+    engine_version: int
+    label: Annotated[str, MaxLength(64)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,7 @@ class InstanceInfo:
 
     Args:
         pid: of the vtpmd, or of its virtual machine.
-        measurement: SHA-256, in hex, over all that its domain runs.
+        measurement: that of its StartArgs: SHA-256, in hex, over all that its domain runs.
         ready_within_s: how long it may take from its start until it answers the manager.
         control_socket, data_socket: paths of the guest link.
     """
@@ -125,6 +149,7 @@ class Ended:
 
 OPERATIONS: Mapping[str, Operation] = {
     "status": Operation(args=NoArgs, result=LauncherStatus),
+    "measure": Operation(args=KindArgs, result=Measured),
     "start": Operation(args=StartArgs, result=InstanceInfo),
     "attach": Operation(args=VtpmArgs, result=InstanceInfo),
     "list": Operation(args=NoArgs, result=Instances),

@@ -14,7 +14,7 @@ import pytest
 from tests.integration.launcher.program import folder, launcher
 from vtpm.launcher.descriptors import PER_INSTANCE
 from vtpm.tpm.types import TpmVersion, VtpmId
-from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs, StartArgs, VtpmArgs
+from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, KindArgs, NoArgs, StartArgs, VtpmArgs
 from vtpm.wire.packet_socket import PacketClient, close_fds
 
 pytestmark = pytest.mark.timeout(60)
@@ -39,9 +39,11 @@ def test_an_instance_takes_no_more_descriptors_than_are_counted_for_it(tmp_path:
         limits = Path(f"/proc/{process.pid}/limits").read_text()
         ((soft, hard),) = re.findall(r"Max open files +(\w+) +(\w+)", limits)
         assert soft == hard
+        measured, _ = client.call("measure", KindArgs("process"), timeout_s=CALL_TIMEOUT_S)
         ids = [VtpmId(uuid4()) for _ in range(3)]
         for number, vtpm_id in enumerate(ids):
-            args = StartArgs(vtpm_id, f"web{number}", TpmVersion.V2_0, "process", os.getuid(), os.getgid())
+            owner = os.getuid(), os.getgid()
+            args = StartArgs(vtpm_id, f"web{number}", TpmVersion.V2_0, "process", *owner, measured.measurement)
             _, fds = client.call("start", args, timeout_s=CALL_TIMEOUT_S)
             close_fds(fds)
         # Nothing is parked: no guest is there.

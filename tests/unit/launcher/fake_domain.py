@@ -19,6 +19,7 @@ from vtpm.wire.launcher import Ended, InstanceInfo, Replaced, StartArgs, VtpmArg
 from vtpm.wire.packet_socket import Peer
 
 LIMIT_S = 10.0
+MEASUREMENT = "00" * 32
 PEER = Peer(1, 0, 0)
 
 
@@ -75,7 +76,9 @@ class FakeDomain:
         confines: whether what it starts is locked in at once.
     """
 
-    measurement = "00" * 32
+    measurement = MEASUREMENT
+    engine_version = 0x000902
+    label = "fake"
     ready_within_s = 1
 
     def __init__(self, *, confines: bool = True) -> None:
@@ -83,6 +86,9 @@ class FakeDomain:
         self.started: list[FakeRunning] = []
         self.failures: list[Exception] = []
         """Raised by the next starts, in this order."""
+
+    async def prepare(self) -> None:
+        await asyncio.sleep(0)
 
     def start(self, plan: DomainPlan) -> FakeRunning:
         if self.failures:
@@ -129,7 +135,8 @@ class Launcher:
 
     async def start(self, name: str, vtpm_id: VtpmId | None = None) -> InstanceInfo:
         """Start a vTPM."""
-        args = StartArgs(vtpm_id or VtpmId(uuid4()), name, TpmVersion.V2_0, "process", os.getuid(), os.getgid())
+        owner = os.getuid(), os.getgid()
+        args = StartArgs(vtpm_id or VtpmId(uuid4()), name, TpmVersion.V2_0, "process", *owner, MEASUREMENT)
         info: InstanceInfo = (await self.call("start", args))[0]
         return info
 

@@ -22,6 +22,7 @@ from vtpm.manager.storage import Storage
 from vtpm.tpm.types import InstanceId, TpmVersion, VtpmId
 from vtpm.vault.anchor import AnchorPolicy
 from vtpm.vault.committer import Committer
+from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.vault import Vault
@@ -67,7 +68,7 @@ def _storage(folder: Path) -> Storage:
 
 def _run(folder: Path, test: Callable[[ManagerService, _Launcher], Awaitable[None]]) -> None:
     async def run() -> None:
-        service = ManagerService(folder, folder, lambda _: _storage(folder), MeasuredServices())
+        service = ManagerService(folder, folder, lambda _: _storage(folder), MeasuredServices(), NewImages.ALLOW)
         launcher = _Launcher()
         service.launcher = launcher  # type: ignore[assignment]
         try:
