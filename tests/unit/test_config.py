@@ -48,3 +48,41 @@ def test_services_pcr_is_refused_when_it_can_be_reset_or_is_the_fence(tmp_path: 
 
 def test_no_fence_can_be_written_down(tmp_path: Path) -> None:
     assert _load(tmp_path, "fence_pcr = 0").fence_pcr == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "platform_tpm", "why"),
+    [
+        *((f"launch_pcr = {index}", TPM, "PCRs 0 to 7 are the firmware's") for index in (1, 7, 16, 17, 23)),
+        ("launch_pcr = 13", TPM, "which services_pcr has|which pcrs has"),
+        ('launch_pcr = 13\npcrs = "sha256:7"', TPM, "which services_pcr has"),
+        ("fence_pcr = 12", TPM, "which fence_pcr has"),
+        ("fence_pcr = 12", "embedded", "which fence_pcr has"),
+        ('pcrs = "sha256:7,12"', "embedded", "which pcrs has"),
+    ],
+)
+def test_launch_pcr_is_refused_when_it_can_be_reset_or_the_root_key_needs_it(
+    tmp_path: Path, text: str, platform_tpm: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        _load(tmp_path, text, platform_tpm)
+
+
+def test_launch_pcr_may_be_the_services_when_these_are_not_measured(tmp_path: Path) -> None:
+    assert _load(tmp_path, "launch_pcr = 13", "embedded").launch_pcr == 13
+    assert _load(tmp_path, "launch_pcr = 14\nfence_pcr = 12").launch_pcr == 14
+
+
+@pytest.mark.parametrize(
+    ("text", "platform_tpm", "allows"),
+    [
+        ("", TPM, False),
+        ("", "embedded", True),
+        ('new_images = "allow"', TPM, True),
+        ('new_images = "refuse"', "embedded", False),
+    ],
+)
+def test_new_images_are_allowed_without_hardware_unless_told_otherwise(
+    tmp_path: Path, text: str, platform_tpm: str, allows: bool
+) -> None:
+    assert _load(tmp_path, text, platform_tpm).allows_new_images is allows

@@ -9,6 +9,8 @@ import importlib.util
 import os
 import re
 import signal
+import sys
+import sysconfig
 from pathlib import Path
 
 from vtpm.confine.report import Report
@@ -17,7 +19,7 @@ from vtpm.confine.spec import ConfinementSpec, UserNamespace
 from vtpm.domains.base import DomainPlan, RunningDomain
 from vtpm.domains.waiting import readable
 from vtpm.errors import DomainError
-from vtpm.measurement.closure import measurement_of, read_contents
+from vtpm.measurement.closure import Closure, find_closure, measurement_of, read_contents
 from vtpm.measurement.digest import Contents
 from vtpm.wire.instance_spec import InstanceFd
 
@@ -35,34 +37,46 @@ class ProcessDomain:
     def __init__(self) -> None:
         self._import_paths = _import_paths()
         self._contents: Contents = {}
+        self._closure: Closure | None = None
         self._measurement = ""
 
     @property
     def measurement(self) -> str:
-        """SHA-256, in hex, over interpreter, engine, libtpms and every module of vtpm that an instance runs."""
+        """SHA-256, in hex, over all that an instance runs; see Domain.
+
+        That is interpreter, standard library, the modules of vtpm and the engine that an instance imports, and every
+        library that the loader finds for them: libtpms, libcrypto, libc.
+        """
         return self._measurement
 
     @property
     def engine_version(self) -> int:
         """That in the name of libtpms' file; see Domain."""
-        found = _LIBTPMS_FILE.fullmatch(next((path.resolve().name for path in _libtpms()), ""))
+        found = _LIBTPMS_FILE.fullmatch(self._libtpms())
         return int(found[1]) << 16 | int(found[2]) << 8 | int(found[3]) if found else 0
 
     @property
     def label(self) -> str:
-        """Versions of vtpm and libtpms."""
-        libtpms = "".join(f", {path.resolve().name}" for path in _libtpms())
-        return f"vtpm {importlib.metadata.version('vtpm')}{libtpms}"[:_MAX_LABEL_CHARS]
+        """Version of vtpm, and libtpms' file; see Domain."""
+        return f"vtpm {importlib.metadata.version('vtpm')}, {self._libtpms()}"[:_MAX_LABEL_CHARS]
 
     async def prepare(self) -> None:
         """Measure it, as far as the kernel says that it may have changed since the last time; see Domain."""
         await asyncio.to_thread(self._measure)
 
     def _measure(self) -> None:
+        last = self._closure
+        closure = find_closure(
+            (last.libraries, last.fingerprint) if last is not None else None, _measured_folders(self._import_paths)
+        )
         # By the last parts of its place, so that the same software elsewhere has the same measurement.
-        files = {"/".join(path.parts[-3:]): path for path in _closure(self._import_paths)}
-        self._contents = read_contents(files, self._contents)
-        self._measurement = measurement_of(self._contents)
+        own = {"/".join(path.parts[-3:]): path for path in _own_files(self._import_paths)}
+        contents = read_contents(closure.files | own, self._contents)
+        self._closure, self._contents, self._measurement = closure, contents, measurement_of(contents)
+
+    def _libtpms(self) -> str:
+        libraries = self._closure.libraries if self._closure is not None else {}
+        return next((place.resolve().name for name, place in libraries.items() if "/libtpms." in name), "no libtpms")
 
     @property
     def ready_within_s(self) -> int:
@@ -133,27 +147,24 @@ def _import_paths() -> tuple[str, ...]:
     return tuple(dict.fromkeys((str(source), str(Path(backend.origin).resolve().parent))))
 
 
-def _closure(import_paths: tuple[str, ...]) -> list[Path]:
+def _measured_folders(import_paths: tuple[str, ...]) -> list[str]:
+    """Return the folders of which all counts: the standard library's, and the engine's for what the loader loads."""
+    # Those of the interpreter that instances are started with, not of a virtual environment over it.
+    base = {"installed_base": sys.base_prefix, "installed_platbase": sys.base_exec_prefix, "platbase": sys.base_prefix}
+    standard = dict.fromkeys(sysconfig.get_path(name, "posix_prefix", base) for name in ("stdlib", "platstdlib"))
+    archive = Path(next(iter(standard))).parent / f"python{sys.version_info.major}{sys.version_info.minor}.zip"
+    return [str(archive), *standard, f"{import_paths[0]}/vtpm/engine"]
+
+
+def _own_files(import_paths: tuple[str, ...]) -> list[Path]:
+    """Return what an instance imports besides: of its other folders, which come after the standard library's."""
     package = Path(import_paths[0]) / "vtpm"
     files = [package / "__init__.py", package / "errors.py"]
     for name in _PACKAGES:
         files += [
             path for path in (package / name).rglob("*") if path.suffix in {".py", ".so", ".toml"} and path.is_file()
         ]
-    backend = importlib.util.find_spec("_cffi_backend")
-    if backend is not None and backend.origin is not None:
-        files.append(Path(backend.origin))
-    files.append(Path(os.path.realpath("/proc/self/exe")))
-    return files + _libtpms()
-
-
-def _libtpms() -> list[Path]:
-    return [path for path in map(Path, _LIBTPMS_PATHS) if path.exists()]
-
-
-_LIBTPMS_PATHS = (
-    "/usr/lib/x86_64-linux-gnu/libtpms.so.0",
-    "/usr/lib/aarch64-linux-gnu/libtpms.so.0",
-    "/usr/lib64/libtpms.so.0",
-    "/usr/lib/libtpms.so.0",
-)
+    for folder in map(Path, import_paths):
+        # All that could be taken for it.
+        files += [path for path in folder.glob("_cffi_backend*") if path.is_file()]
+    return files

@@ -138,7 +138,7 @@ class Launches:
 
 def _doubt(log: LaunchLog) -> str:
     if log.gaps:
-        return f"something else extended PCR {log.pcr}, {log.gaps} times: what came before that is not proved"
+        return f"something else extended PCR {log.pcr} (gaps in the log: {log.gaps}): nothing before that is proved"
     if any(log.start):
         return (
             f"PCR {log.pcr} was extended before the log begins: by the boot of the host, or by launches whose log is"

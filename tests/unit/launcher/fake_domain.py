@@ -86,9 +86,12 @@ class FakeDomain:
         self.started: list[FakeRunning] = []
         self.failures: list[Exception] = []
         """Raised by the next starts, in this order."""
+        self.prepared: asyncio.Event | None = None
+        """What a preparation waits for; None: for nothing."""
 
     async def prepare(self) -> None:
-        await asyncio.sleep(0)
+        if self.prepared is not None:
+            await self.prepared.wait()
 
     def start(self, plan: DomainPlan) -> FakeRunning:
         if self.failures:

@@ -82,10 +82,10 @@ def _run(folder: Path, test: Callable[[ManagerService, _Launcher], Awaitable[Non
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-async def _tell_replaced(service: ManagerService) -> None:
+async def _tell_replaced(service: ManagerService, successor: InstanceInfo = SUCCESSOR) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
-        await service._on_replaced(Replaced(DEAD.instance_id, "signal SIGSEGV", SUCCESSOR), ours)
+        await service._on_replaced(Replaced(DEAD.instance_id, "signal SIGSEGV", successor), ours)
         theirs.setblocking(False)
         assert theirs.recv(1) == b"", "the link is still open"
 
@@ -116,5 +116,18 @@ def test_the_successor_is_ended_when_the_start_of_its_vtpm_failed_meanwhile(tmp_
         service._states[RECORD.id] = LifeState.STOPPED
         await _tell_replaced(service)
         assert launcher.asked == [("stop", VtpmArgs(RECORD.id))]
+
+    _run(tmp_path, test)
+
+
+def test_the_successor_is_ended_when_it_is_of_another_image(tmp_path: Path) -> None:
+    async def test(service: ManagerService, launcher: _Launcher) -> None:
+        service._states[RECORD.id] = LifeState.RUNNING
+        running = Running(RECORD, DEAD, Mock())
+        service.running[RECORD.id] = running
+        await _tell_replaced(service, replace(SUCCESSOR, measurement="11" * 32))
+        assert launcher.asked == [("stop", VtpmArgs(RECORD.id))]
+        assert running.ended.is_set()
+        assert service.running == {}
 
     _run(tmp_path, test)
