@@ -19,7 +19,7 @@ from vtpm.confine.spec import ConfinementSpec, UserNamespace
 from vtpm.domains.base import DomainPlan, RunningDomain
 from vtpm.domains.waiting import readable
 from vtpm.errors import DomainError
-from vtpm.measurement.closure import Closure, find_closure, measurement_of, read_contents
+from vtpm.measurement.closure import Closure, Files, find_closure, measurement_of, read_contents
 from vtpm.measurement.digest import Contents
 from vtpm.wire.instance_spec import InstanceFd
 
@@ -69,9 +69,7 @@ class ProcessDomain:
         closure = find_closure(
             (last.libraries, last.fingerprint) if last is not None else None, _measured_folders(self._import_paths)
         )
-        # By the last parts of its place, so that the same software elsewhere has the same measurement.
-        own = {"/".join(path.parts[-3:]): path for path in _own_files(self._import_paths)}
-        contents = read_contents(closure.files | own, self._contents)
+        contents = read_contents(closure.files | _own_files(self._import_paths), self._contents)
         self._closure, self._contents, self._measurement = closure, contents, measurement_of(contents)
 
     def _libtpms(self) -> str:
@@ -156,15 +154,17 @@ def _measured_folders(import_paths: tuple[str, ...]) -> list[str]:
     return [str(archive), *standard, f"{import_paths[0]}/vtpm/engine"]
 
 
-def _own_files(import_paths: tuple[str, ...]) -> list[Path]:
-    """Return what an instance imports besides: of its other folders, which come after the standard library's."""
-    package = Path(import_paths[0]) / "vtpm"
-    files = [package / "__init__.py", package / "errors.py"]
+def _own_files(import_paths: tuple[str, ...]) -> Files:
+    """Return what an instance imports besides: of its other folders, which come after the standard library's.
+
+    By names that are relative, so that the same software elsewhere has the same measurement.
+    """
+    source = Path(import_paths[0])
+    found = [source / "vtpm" / "__init__.py", source / "vtpm" / "errors.py"]
     for name in _PACKAGES:
-        files += [
-            path for path in (package / name).rglob("*") if path.suffix in {".py", ".so", ".toml"} and path.is_file()
-        ]
-    for folder in map(Path, import_paths):
-        # All that could be taken for it.
-        files += [path for path in folder.glob("_cffi_backend*") if path.is_file()]
+        found += [path for path in (source / "vtpm" / name).rglob("*") if path.suffix in {".py", ".so", ".toml"}]
+    files = {str(path.relative_to(source)): path for path in found if path.is_file()}
+    for number, folder in enumerate(map(Path, import_paths)):
+        # All that could be taken for it, by the order in which it is looked for.
+        files |= {f"{number}:{path.name}": path for path in folder.glob("_cffi_backend*") if path.is_file()}
     return files

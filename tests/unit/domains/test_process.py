@@ -67,15 +67,11 @@ def test_measurement_is_another_when_a_file_changes_that_an_instance_could_impor
     assert domain.measurement == _measured(ProcessDomain())
 
 
-def test_measurement_is_the_same_when_the_software_is_elsewhere(copied: Path) -> None:
-    here = _measured(ProcessDomain())
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(process, "_import_paths", lambda: (str(SOURCE), *process_paths(copied)))
-        assert _measured(ProcessDomain()) == here
-
-
-def process_paths(copied: Path) -> tuple[str, ...]:
-    return tuple(path for path in process._import_paths() if path != str(copied))
+@pytest.mark.usefixtures("copied")
+def test_measurement_is_the_same_when_the_software_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = _measured(ProcessDomain())
+    monkeypatch.undo()
+    assert _measured(ProcessDomain()) == elsewhere
 
 
 def test_measurement_covers_interpreter_standard_library_engine_and_what_the_loader_finds() -> None:

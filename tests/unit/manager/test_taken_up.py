@@ -1,0 +1,89 @@
+"""What a manager that starts does with an instance that runs: it hands state to those of allowed images alone."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from tests.unit.manager.test_replaced import DEAD, RECORD, _storage
+from vtpm.errors import UnavailableError
+from vtpm.manager.service import ManagerService
+from vtpm.vault.launch_policy import ImageState, LaunchImage, NewImages
+from vtpm.wire.api import LifeState, MeasuredServices
+from vtpm.wire.launcher import Instances, NoArgs, VtpmArgs
+
+pytestmark = pytest.mark.timeout(30)
+IMAGE = LaunchImage("process", DEAD.measurement, "it", 0, ImageState.ALLOWED, datetime.now(UTC))
+
+
+class _Launcher:
+    """Has one instance."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, object]] = []
+        self.theirs: socket.socket | None = None
+
+    async def call(self, op: str, args: object, timeout_s: float = 10.0) -> tuple[Any, tuple[int, ...]]:
+        assert timeout_s > 0
+        self.asked.append((op, args))
+        if op == "list":
+            return Instances((RECORD.id,)), ()
+        if op == "attach":
+            ours, self.theirs = socket.socketpair()
+            return DEAD, (ours.detach(),)
+        return NoArgs(), ()
+
+
+def _taken_up(folder: Path, *images: LaunchImage) -> tuple[_Launcher, Mock, LifeState, bool]:
+    """Start a manager; return what it asked of launcher and keeper, the vTPM's state, and whether it is followed."""
+    launcher, keeper = _Launcher(), Mock()
+    keeper.unwrap_key.side_effect = UnavailableError("the keeper does not answer")
+
+    async def run() -> tuple[LifeState, bool]:
+        service = ManagerService(
+            folder, folder, lambda _: _storage(folder / "vault"), MeasuredServices(), NewImages.REFUSE
+        )
+        service.launcher = launcher  # type: ignore[assignment]
+        service._keeper = service.images._keeper = keeper
+        try:
+            service.door._taken_up = True
+            service.door._storage = _storage(folder / "vault")
+            await service._store(lambda store: store.create_vtpm(replace(RECORD, lifecycle="running")))
+            for image in images:
+                await service._store(lambda store, image=image: store.put_image(image))  # type: ignore[misc]
+            await service._reconcile()
+            return service._states[RECORD.id], RECORD.id in service.running
+        finally:
+            await service.door.close()
+            if launcher.theirs is not None:
+                launcher.theirs.close()
+
+    state, followed = asyncio.run(run())
+    return launcher, keeper, state, followed
+
+
+@pytest.mark.parametrize(
+    "image",
+    [replace(IMAGE, state=ImageState.RETIRED), replace(IMAGE, measurement="11" * 32)],
+    ids=["retired", "never allowed"],
+)
+def test_instance_is_ended_and_gets_no_state_when_its_image_is_not_allowed_any_more(
+    tmp_path: Path, image: LaunchImage
+) -> None:
+    launcher, keeper, state, followed = _taken_up(tmp_path, image)
+    assert ("stop", VtpmArgs(RECORD.id)) in launcher.asked
+    assert not keeper.unwrap_key.called
+    assert (state, followed) == (LifeState.STOPPED, False)
+
+
+def test_key_is_asked_for_once_the_image_is_known_to_be_allowed(tmp_path: Path) -> None:
+    _, keeper, _, _ = _taken_up(tmp_path, IMAGE)
+    keeper.measure_launch.assert_called_once_with("process", DEAD.measurement)
+    assert keeper.unwrap_key.called
