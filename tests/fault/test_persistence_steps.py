@@ -22,6 +22,8 @@ GRACE_S = 0.01
 """How long before that whatever was answered has to arrive."""
 TRIES = 4
 
+PCR_EXTEND = "TPM2_PCR_Extend"
+"""Once for an image until the TPM is reset."""
 MANAGER, KEEPER, EMBEDDED = "manager", "keeper", "embedded TPM"
 _DEPTH = {MANAGER: 1, KEEPER: 2, EMBEDDED: 3}
 
@@ -61,6 +63,7 @@ STEPS = _steps(f"""
     E fsync keeper/embedded-tpm
     K unlink keeper/root.sealed.new
     K TPM2_NV_Write {TPM}
+    K {PCR_EXTEND} {TPM}
     K fsync keeper
     K unlink keeper/root.sealed.next
     K write keeper/root.sealed.next
@@ -112,7 +115,7 @@ class Kills:
         """
         for attempt in range(TRIES):
             killer = Killer(step, number, GRACE_S)
-            self._end_services(step.program)
+            self._end_services(EMBEDDED if step.call == PCR_EXTEND else step.program)
             with self._trace(killer, step, HOLD_S * 4**attempt) as trace:
                 self._cycle(trace, killer, use=step not in FIRST_STEPS)
             if not killer.killing.is_set():

@@ -38,6 +38,7 @@ from vtpm.wire.api import (
     Status,
     Vtpm,
 )
+from vtpm.wire.api_images import AllowedImage, Image, Launch, Launches
 
 UUID_1 = UUID("6ad77c2a-96b5-4b26-8c8d-2f9ba4e8a4fe")
 VM_UUID = UUID("0d5a6f5e-3a52-4a2c-9c0d-55f0a6a4b1aa")
@@ -85,6 +86,17 @@ RECOVERY_KEY = "VTPM-RECOVERY-KEY-1\nAAAA-BBBB"
 PUBLIC_KEY = "VTPM-RECOVERY-PUBLIC-1-CCCC-DDDD"
 FINGERPRINT = "7B2J-0000"
 BACKUP = b"a backup"
+IMAGE = Image("process", "ab" * 32, "first", "0.9.2", "allowed", "2026-07-01T10:00:00Z", ["web1", "web2"])
+LAUNCHES = Launches(
+    bank="sha256",
+    pcr=12,
+    value="cc" * 32,
+    start="00" * 32,
+    entries=[Launch("process", "ab" * 32, "first", ""), Launch("", "", "", "dd" * 32)],
+    replays=True,
+    doubt="something else extended PCR 12",
+    log="/run/vtpm/launches/event_log",
+)
 
 
 def event(number: int) -> AuditEvent:
@@ -115,6 +127,8 @@ class CannedManager:
     policy: Policy = field(
         default_factory=lambda: Policy("sha256:0,7", [PcrSet("set-up", [PCR_0, PCR_7], True)], [PCR_0, PCR_7])
     )
+    images: list[Image] = field(default_factory=lambda: [IMAGE])
+    launches: Launches = field(default_factory=lambda: LAUNCHES)
     recovered_with: str = ""
     events: list[AuditEvent] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
@@ -181,6 +195,18 @@ class CannedManager:
             case ["DELETE", "policy", label]:
                 self.policy.sets[:] = [found for found in self.policy.sets if found.label != label]
                 return 200, self.policy
+            case ["GET", "images"]:
+                return 200, self.images
+            case ["POST", "images"]:
+                allowed = replace(
+                    IMAGE, measurement=body["measurement"], label=body["label"], kind=body["kind"] or "process"
+                )
+                self.images.append(allowed)
+                return 201, AllowedImage(allowed, ["its libtpms is old"])
+            case ["POST", "images", "retire"]:
+                return 200, replace(IMAGE, measurement=body["measurement"], state="retired")
+            case ["GET", "launches"]:
+                return 200, self.launches
             case ["POST", "recovery-key"]:
                 return 201, NewRecoveryKey(RECOVERY_KEY, PUBLIC_KEY, FINGERPRINT)
             case ["POST", "recover"]:

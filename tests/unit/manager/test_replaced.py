@@ -122,6 +122,8 @@ def test_the_successor_is_ended_when_the_start_of_its_vtpm_failed_meanwhile(tmp_
 
 def test_the_successor_is_ended_when_it_is_of_another_image(tmp_path: Path) -> None:
     async def test(service: ManagerService, launcher: _Launcher) -> None:
+        await service._store(lambda store: store.create_vtpm(RECORD))
+        await service._store(lambda store: store.bind_instance(RECORD.id, DEAD.instance_id))
         service._states[RECORD.id] = LifeState.RUNNING
         running = Running(RECORD, DEAD, Mock())
         service.running[RECORD.id] = running
