@@ -98,7 +98,7 @@ class ImageService:
         # Before the store is asked, which does one thing after the other: a retirement that comes later sees it.
         self._starting[record.id] = (record.name, _key(image))
         try:
-            await self._admit(record, image)
+            await self._enter(image, partial(_admit, record, image, self._new))
             await asyncio.to_thread(self._keeper.measure_launch, image.kind, image.measurement)
             yield image.measurement
         finally:
@@ -106,7 +106,8 @@ class ImageService:
 
     async def check_taken_up(self, record: VtpmRecord, info: InstanceInfo) -> None:
         """Check that an instance that ran before this manager may have its state. Raises AccessDeniedError."""
-        await self._admit(record, _image(record.domain, info.measurement, "found running", 0))
+        image = _image(record.domain, info.measurement, "found running", 0)
+        await self._enter(image, partial(_admit_running, image, self._new))
         try:
             await asyncio.to_thread(self._keeper.measure_launch, record.domain.value, info.measurement)
         except VtpmError as error:
@@ -121,8 +122,8 @@ class ImageService:
                 f" {successor.measurement}"
             )
 
-    async def _admit(self, record: VtpmRecord, image: LaunchImage) -> None:
-        if await self._door.run(partial(_admit, record, image, self._new)):
+    async def _enter(self, image: LaunchImage, admit_it: Callable[[Store], bool]) -> None:
+        if await self._door.run(admit_it):
             _log.warning("the %s image %s (%s) is new, and allowed", image.kind, image.measurement, image.label)
             await self._audit.came()
 
@@ -237,8 +238,20 @@ class ImageService:
 
 def _admit(record: VtpmRecord, image: LaunchImage, new: NewImages, store: Store) -> bool:
     """Let an image run a vTPM; return whether it was put into the list for that."""
-    unknown = admit(store.list_images(), image, new)
     check_engine(record.name, _needs(record.id, store), image)
+    return _put_unknown(image, new, store)
+
+
+def _admit_running(image: LaunchImage, new: NewImages, store: Store) -> bool:
+    """Let an image go on; return whether it was put into the list for that.
+
+    Of a kind that no start was decided about (an older manager started it) any goes on: the first start is the first.
+    """
+    return any(known.kind == image.kind for known in store.list_images()) and _put_unknown(image, new, store)
+
+
+def _put_unknown(image: LaunchImage, new: NewImages, store: Store) -> bool:
+    unknown = admit(store.list_images(), image, new)
     if unknown is not None:
         store.put_image(unknown, event=_event(None, "image_allowed", unknown))
     return unknown is not None

@@ -131,21 +131,26 @@ class ManagerService:
         records = {record.id: record for record in await self._store(lambda store: store.list_vtpms())}
         alive = (await self.launcher.call("list", NoArgs()))[0].vtpm_ids
         # At the same time, for the saves of each wait until its own instance is taken up.
-        await asyncio.gather(*(self._take_up_or_end(vtpm_id, records.get(vtpm_id)) for vtpm_id in alive))
+        ends = await asyncio.gather(*(self._take_up_or_end(vtpm_id, records.get(vtpm_id)) for vtpm_id in alive))
+        why = dict(zip(alive, ends, strict=True))
         for record in records.values():
             if record.id in self.running:
                 continue
             self._states[record.id] = LifeState(record.lifecycle)
-            await self._settle_record(record, "no instance was found when the manager started")
+            await self._settle_record(record, why.get(record.id) or "no instance was found when the manager started")
 
-    async def _take_up_or_end(self, vtpm_id: VtpmId, record: VtpmRecord | None) -> None:
+    async def _take_up_or_end(self, vtpm_id: VtpmId, record: VtpmRecord | None) -> str:
+        """Take an instance up, or end it and say why."""
+        how = ""
         if record is not None and LifeState(record.lifecycle) in (LifeState.RUNNING, LifeState.FAILED):
             try:
                 await self._take_up(record)
-                return
+                return ""
             except VtpmError as error:
+                how = f"it was ended when the manager started: {error.message}"
                 _log.error("%s: its instance cannot be taken up again: %s", record.name, error)
         await self._end_instance(vtpm_id)
+        return how
 
     async def _take_up(self, record: VtpmRecord) -> None:
         info, fds = await self.launcher.call("attach", VtpmArgs(record.id))

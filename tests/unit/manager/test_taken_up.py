@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -41,12 +42,12 @@ class _Launcher:
         return NoArgs(), ()
 
 
-def _taken_up(folder: Path, *images: LaunchImage) -> tuple[_Launcher, Mock, LifeState, bool]:
-    """Start a manager; return what it asked of launcher and keeper, the vTPM's state, and whether it is followed."""
+def _taken_up(folder: Path, *images: LaunchImage) -> tuple[_Launcher, Mock, list[str]]:
+    """Start a manager; return what it asked of launcher and keeper, and why it says that the instance has ended."""
     launcher, keeper = _Launcher(), Mock()
     keeper.unwrap_key.side_effect = UnavailableError("the keeper does not answer")
 
-    async def run() -> tuple[LifeState, bool]:
+    async def run() -> list[str]:
         service = ManagerService(
             folder, folder, lambda _: _storage(folder / "vault"), MeasuredServices(), NewImages.REFUSE
         )
@@ -59,14 +60,17 @@ def _taken_up(folder: Path, *images: LaunchImage) -> tuple[_Launcher, Mock, Life
             for image in images:
                 await service._store(lambda store, image=image: store.put_image(image))  # type: ignore[misc]
             await service._reconcile()
-            return service._states[RECORD.id], RECORD.id in service.running
+            assert service._states[RECORD.id] is LifeState.STOPPED
+            assert service.running == {}
+            events = await service._store(lambda store: store.list_events())
+            assert len(await service._store(lambda store: store.list_images())) == len(images)
+            return [json.loads(event.detail)["how"] for event in events if event.kind == "instance_ended"]
         finally:
             await service.door.close()
             if launcher.theirs is not None:
                 launcher.theirs.close()
 
-    state, followed = asyncio.run(run())
-    return launcher, keeper, state, followed
+    return launcher, keeper, asyncio.run(run())
 
 
 @pytest.mark.parametrize(
@@ -77,13 +81,15 @@ def _taken_up(folder: Path, *images: LaunchImage) -> tuple[_Launcher, Mock, Life
 def test_instance_is_ended_and_gets_no_state_when_its_image_is_not_allowed_any_more(
     tmp_path: Path, image: LaunchImage
 ) -> None:
-    launcher, keeper, state, followed = _taken_up(tmp_path, image)
+    launcher, keeper, (how,) = _taken_up(tmp_path, image)
     assert ("stop", VtpmArgs(RECORD.id)) in launcher.asked
     assert not keeper.unwrap_key.called
-    assert (state, followed) == (LifeState.STOPPED, False)
+    assert how.startswith("it was ended when the manager started: the process image 0000")
 
 
-def test_key_is_asked_for_once_the_image_is_known_to_be_allowed(tmp_path: Path) -> None:
-    _, keeper, _, _ = _taken_up(tmp_path, IMAGE)
+@pytest.mark.parametrize("images", [(IMAGE,), ()], ids=["allowed", "started by a manager that kept no list"])
+def test_key_is_asked_for_once_the_image_is_known_to_be_allowed(tmp_path: Path, images: tuple[LaunchImage]) -> None:
+    _, keeper, (how,) = _taken_up(tmp_path, *images)
     keeper.measure_launch.assert_called_once_with("process", DEAD.measurement)
     assert keeper.unwrap_key.called
+    assert "the keeper does not answer" in how
