@@ -69,12 +69,14 @@ class ProcessDomain:
         closure = find_closure(
             (last.libraries, last.fingerprint) if last is not None else None, _measured_folders(self._import_paths)
         )
+        if not _libtpms_of(closure):
+            # Before it is taken for an image like any other, which would be this host's first perhaps.
+            raise DomainError("the loader finds no libtpms for the engine", next_step="Install libtpms (libtpms0)")
         contents = read_contents(closure.files | _own_files(self._import_paths), self._contents)
         self._closure, self._contents, self._measurement = closure, contents, measurement_of(contents)
 
     def _libtpms(self) -> str:
-        libraries = self._closure.libraries if self._closure is not None else {}
-        return next((place.resolve().name for name, place in libraries.items() if "/libtpms." in name), "no libtpms")
+        return _libtpms_of(self._closure) if self._closure is not None else ""
 
     @property
     def ready_within_s(self) -> int:
@@ -152,6 +154,11 @@ def _measured_folders(import_paths: tuple[str, ...]) -> list[str]:
     standard = dict.fromkeys(sysconfig.get_path(name, "posix_prefix", base) for name in ("stdlib", "platstdlib"))
     archive = Path(next(iter(standard))).parent / f"python{sys.version_info.major}{sys.version_info.minor}.zip"
     return [str(archive), *standard, f"{import_paths[0]}/vtpm/engine"]
+
+
+def _libtpms_of(closure: Closure) -> str:
+    """Return the name of libtpms' own file, behind the links to it; empty when the loader finds none."""
+    return next((place.resolve().name for name, place in closure.libraries.items() if "/libtpms." in name), "")
 
 
 def _own_files(import_paths: tuple[str, ...]) -> Files:

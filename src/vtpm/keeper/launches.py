@@ -126,7 +126,7 @@ class Launches:
                 f"PCR {self.pcr} of the platform TPM was extended by something else at the same moment",
                 next_step="Try again; if it is so again, set launch_pcr to a PCR that nothing else extends",
             )
-        _log.info("launches: %s %s is in PCR %d", launch.kind, launch.measurement, self.pcr)
+        _log.info("launches: %s %s is in PCR %d", launch.kind, launch.measurement[:16], self.pcr)
 
     def _read(self) -> LaunchLog | None:
         data = read_file(self.path, _WHAT, MAX_LOG_BYTES)

@@ -124,7 +124,7 @@ class ImageService:
 
     async def _enter(self, image: LaunchImage, admit_it: Callable[[Store], bool]) -> None:
         if await self._door.run(admit_it):
-            _log.warning("the %s image %s (%s) is new, and allowed", image.kind, image.measurement, image.label)
+            _log.warning("the %s image %s (%s) is new, and allowed", image.kind, image.measurement[:16], image.label)
             await self._audit.came()
 
     async def _measure(self, kind: DomainKind) -> Measured:

@@ -13,6 +13,7 @@ import pytest
 from vtpm.confine.spawn import SpawnedProcess
 from vtpm.domains import process
 from vtpm.domains.process import ConfinedProcess, ProcessDomain
+from vtpm.errors import DomainError
 
 SOURCE = Path(__file__).parents[3] / "src"
 
@@ -81,3 +82,14 @@ def test_measurement_covers_interpreter_standard_library_engine_and_what_the_loa
         assert name in domain._contents
     assert domain.engine_version > 0x000900
     assert "libtpms.so" in domain.label
+
+
+@pytest.mark.usefixtures("copied")
+def test_nothing_is_measured_when_the_loader_finds_no_libtpms(tmp_path: Path) -> None:
+    domain = ProcessDomain()
+    before = _measured(domain)
+    (engine,) = (tmp_path / "vtpm" / "engine").glob("_libtpms*.so")
+    engine.write_bytes(b"")
+    with pytest.raises(DomainError, match="no libtpms"):
+        _measured(domain)
+    assert domain.measurement == before
