@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from tests.support.host import wait_ended
 from vtpm.instance.main import prepare
@@ -57,7 +57,8 @@ M = TypeVar("M", bound=ToManager)
 class PlayedManager:
     """A manager that keeps state in memory. `keeps` False: it refuses each save, as a full store does."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self.state: dict[StateKind, bytes] = {}
         self.keeps = True
         self.told: list[ToManager] = []
@@ -92,7 +93,7 @@ class PlayedManager:
             return next((one for one in self.told if isinstance(one, kind) and fits(one)), None)
 
         with self._came:
-            assert self._came.wait_for(found, TIMEOUT_S), f"no {kind.__name__} came, but {self.told}"
+            assert self._came.wait_for(found, self._timeout_s), f"no {kind.__name__} came, but {self.told}"
             message = found()
             assert message is not None
             return message
@@ -276,10 +277,18 @@ class Vtpmd:
         return sock
 
 
+class Reachable(Protocol):
+    """What has the two sockets of a guest link."""
+
+    def connect(self, name: str) -> socket.socket:
+        """Connect to its "data" or "control" socket."""
+        ...
+
+
 class PlayedEmulator:
     """Speaks to a vTPM as QEMU does: one request at a time. A context manager."""
 
-    def __init__(self, vtpmd: Vtpmd) -> None:
+    def __init__(self, vtpmd: Reachable) -> None:
         self.control_socket = vtpmd.connect("control")
         self.data, self.parked_data = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.data.settimeout(TIMEOUT_S)

@@ -9,6 +9,9 @@ from typing import Protocol
 from vtpm.confine.report import Report
 from vtpm.wire.instance_spec import InstanceArgs, InstanceFd
 
+ORDERLY = "exit status 0"
+"""How a domain ends that was told to, and wants no successor."""
+
 
 @dataclass(frozen=True)
 class DomainPlan:

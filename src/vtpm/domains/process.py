@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from vtpm.confine.report import Report
 from vtpm.confine.spawn import SpawnedProcess, spawn, wait_confined
@@ -35,7 +37,6 @@ class ProcessDomain:
     """Starts vtpmds as confined processes; as root each under a uid of its own, otherwise in a user namespace."""
 
     def __init__(self) -> None:
-        self._import_paths = _import_paths()
         self._contents: Contents = {}
         self._closure: Closure | None = None
         self._measurement = ""
@@ -67,12 +68,12 @@ class ProcessDomain:
     def _measure(self) -> None:
         last = self._closure
         closure = find_closure(
-            (last.libraries, last.fingerprint) if last is not None else None, _measured_folders(self._import_paths)
+            (last.libraries, last.fingerprint) if last is not None else None, _measured_folders(_import_paths())
         )
         if not _libtpms_of(closure):
             # Before it is taken for an image like any other, which would be this host's first perhaps.
             raise DomainError("the loader finds no libtpms for the engine", next_step="Install libtpms (libtpms0)")
-        contents = read_contents(closure.files | _own_files(self._import_paths), self._contents)
+        contents = read_contents(closure.files | _own_files(_import_paths()), self._contents)
         self._closure, self._contents, self._measurement = closure, contents, measurement_of(contents)
 
     def _libtpms(self) -> str:
@@ -85,17 +86,12 @@ class ProcessDomain:
 
     def start(self, plan: DomainPlan) -> RunningDomain:
         """Start a confined vtpmd; see Domain."""
-        root = os.geteuid() == 0
         spec = ConfinementSpec(
-            name=plan.name,
-            uid=plan.uid if root else os.geteuid(),
-            gid=plan.uid if root else os.getegid(),
             target=TARGET,
-            import_paths=self._import_paths,
             keep_fds=tuple(int(fd) for fd in plan.fds),
             hold_fd=int(InstanceFd.HOLD),
-            user_namespace=UserNamespace.HOST if root else UserNamespace.OWN,
             target_args=plan.args.to_json(),
+            **identity(plan),
         )
         fds = {int(number): fd for number, fd in plan.fds.items()}
         return ConfinedProcess(spawn(spec, fds=fds, log_fd=plan.log_fd))
@@ -107,6 +103,7 @@ class ConfinedProcess:
     def __init__(self, process: SpawnedProcess) -> None:
         self._process = process
         self._reported = False
+        self._reaped = False
 
     @property
     def pid(self) -> int:
@@ -121,14 +118,21 @@ class ConfinedProcess:
 
     def kill(self) -> None:
         """Send SIGKILL through the pidfd."""
+        if self._reaped:
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._process.pidfd, signal.SIGKILL)
 
     async def ended(self) -> str:
         """Wait for the end and return it in words."""
         await readable(self._process.pidfd)
+        return self.reap()
+
+    def reap(self) -> str:
+        """Return the end in words; blocks until it has come. In place of `ended`."""
         ended = os.waitid(os.P_PIDFD, self._process.pidfd, os.WEXITED)
         os.close(self._process.pidfd)
+        self._reaped = True
         if not self._reported:
             # It took too long to be confined, and was killed.
             os.close(self._process.report_fd)
@@ -137,6 +141,19 @@ class ConfinedProcess:
         return f"signal {signal.Signals(ended.si_status).name}"
 
 
+def identity(plan: DomainPlan) -> dict[str, Any]:
+    """Return what is the same in every confinement spec of an instance: who it is, and where its code lies."""
+    root = os.geteuid() == 0
+    return {
+        "name": plan.name,
+        "uid": plan.uid if root else os.geteuid(),
+        "gid": plan.uid if root else os.getegid(),
+        "import_paths": _import_paths(),
+        "user_namespace": UserNamespace.HOST if root else UserNamespace.OWN,
+    }
+
+
+@functools.cache
 def _import_paths() -> tuple[str, ...]:
     """Folders that hold vtpm and cffi's runtime: all that an instance imports beside the standard library."""
     backend = importlib.util.find_spec("_cffi_backend")

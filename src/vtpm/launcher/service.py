@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtpm.domains.base import Domain
+from vtpm.domains.base import ORDERLY, Domain
 from vtpm.errors import (
     ConfinementError,
     ConflictError,
@@ -93,7 +93,7 @@ class LauncherService:
         close_fds(fds)
         match op:
             case "status":
-                return LauncherStatus(os.getpid(), _boot_id(), os.geteuid() == 0), ()
+                return LauncherStatus(os.getpid(), _boot_id(), os.geteuid() == 0, tuple(sorted(self._domains))), ()
             case "measure":
                 return await self._measure(self._domain(args.kind)), ()
             case "start":
@@ -235,7 +235,7 @@ class LauncherService:
 
     async def _successor(self, slot: Slot, dead: Instance, how: str) -> tuple[Instance | None, str]:
         """Start an instance in place of one that ended, if there is to be one; else say why there is none."""
-        if how == "exit status 0" or slot.stopping:
+        if how == ORDERLY or slot.stopping:
             return None, how
         now = time.monotonic()
         slot.deaths = [at for at in slot.deaths if now - at < DEATHS_WITHIN_S] + [now]

@@ -64,11 +64,18 @@ def built_folder(done: subprocess.CompletedProcess[str]) -> Path:
 
 
 def build_for_tests(place: Path) -> tuple[Path, Path]:
-    """Build an image below `place`; return its folder and the lock that it was built with.
+    """Build an image with the stand-in below `place`; return its folder and the lock that it was built with."""
+    return _build_by_a_lock(copy_sources(place), place)
 
-    That is the shipped lock, unless the mirrors have gone on since it was written.
-    """
-    source, lock = copy_sources(place), LOCK_FILE
+
+def build_vtpmd(place: Path) -> Path:
+    """Build the image of this checkout below `place`; return the folder of images."""
+    return _build_by_a_lock(ROOT / "src", place)[0].parents[1]
+
+
+def _build_by_a_lock(source: Path, place: Path) -> tuple[Path, Path]:
+    """Build by the shipped lock, unless the mirrors have gone on since it was written."""
+    lock = LOCK_FILE
     done = build(source, place / "images")
     if done.returncode == 6 and "vtpm image lock" in json.loads(done.stderr)["next_step"]:
         lock = place / "renewed.toml"
