@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vtpm.errors import UsageError
-from vtpm.wire.paths import default_run_dir, default_state_dir
+from vtpm.wire.paths import SYSTEM_STATE_DIR, default_image_dir, default_run_dir, default_state_dir
 
 UID_BASE = 0x76740000
 """Of the host whose state is in its usual place; decision record 5."""
@@ -42,6 +42,9 @@ class Config:
         launch_pcr: PCR that what is launched for vTPMs is measured into; none of `pcrs`.
         new_images: "allow" or "refuse": what to do with software for vTPMs that was never seen; or "auto": the first
             with the embedded TPM, the second with hardware.
+        vm_images: folder of images for vTPMs in virtual machines of their own; see `vtpm image build`.
+        vm_accelerator: "kvm", "tcg", or "auto": kvm where a machine really runs under it.
+        vm_memory_mib: memory of each such machine.
         zero_pcrs: "refuse" or "warn": what to do with a hardware TPM whose PCRs are all zero at set-up.
         fence_pcr: PCR, one of `pcrs`, that is extended once the root key is open; 0 for no fence.
         anchor: "each-commit", "interval", or "auto": the first for the embedded TPM, the second for hardware's wear.
@@ -53,11 +56,14 @@ class Config:
 
     state_dir: Path
     run_dir: Path
+    vm_images: Path = SYSTEM_STATE_DIR / "images"
     platform_tpm: str = "embedded"
     pcrs: str = ""
     services_pcr: int = 13
     launch_pcr: int = 12
     new_images: str = "auto"
+    vm_accelerator: str = "auto"
+    vm_memory_mib: int = 96
     zero_pcrs: str = "refuse"
     fence_pcr: int = 0
     anchor: str = "auto"
@@ -91,10 +97,13 @@ _CHOICES = {
     "zero_pcrs": ("refuse", "warn"),
     "anchor": ("auto", "each-commit", "interval"),
     "new_images": ("auto", "allow", "refuse"),
+    "vm_accelerator": ("auto", "kvm", "tcg"),
 }
 _MAY_BE_ZERO = ("fence_pcr", "services_pcr")
 _FOR_SYSTEMS = range(8, 16)
 """PCRs that operating systems extend and only a reset of the platform resets."""
+_VM_MEMORY_MIB = range(96, 1025)
+"""The image does not boot in less than 96."""
 _OTHER_LAUNCH_PCR = "Set launch_pcr to 12 or 14, whichever nothing else uses"
 _NEVER_RESET = range(1, 16)
 """PCRs that only a reset of the platform resets, but for the firmware's own.
@@ -149,11 +158,30 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
         given["state_dir"] = default_state_dir(uid, os.environ)
     if "run_dir" not in given:
         given["run_dir"] = default_run_dir(uid, os.environ)
-    given |= {name: given[name].absolute() for name in ("state_dir", "run_dir")}
+    if "vm_images" not in given:
+        given["vm_images"] = _default_images(uid, given["state_dir"])
+    given |= {name: given[name].absolute() for name in ("state_dir", "run_dir", "vm_images")}
     config = Config(**given)
+    _check_memory(config)
     _check_services_pcr(config)
     _check_launch_pcr(config)
     return config
+
+
+def _default_images(uid: int, state_dir: Path) -> Path:
+    try:
+        return default_image_dir(uid, os.environ)
+    except UsageError:
+        # A user without a home, whose state has a place all the same.
+        return state_dir / "images"
+
+
+def _check_memory(config: Config) -> None:
+    if config.vm_memory_mib not in _VM_MEMORY_MIB:
+        raise UsageError(
+            f"vm_memory_mib cannot be {config.vm_memory_mib}: it is from {_VM_MEMORY_MIB[0]} to {_VM_MEMORY_MIB[-1]}",
+            next_step="Leave it at 96: a vTPM uses no more",
+        )
 
 
 def _check_services_pcr(config: Config) -> None:

@@ -47,7 +47,7 @@ class HeldVtpm:
         self._stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
         self.folder: Path = self._stack.enter_context(short_directory())
         self.folder.chmod(0o755)
-        args = StartArgs(VtpmId(uuid4()), name, version, "", os.geteuid(), os.getegid())
+        args = StartArgs(VtpmId(uuid4()), name, version, "", os.geteuid(), os.getegid(), self._run(measured(domain)))
         sockets = open_guest_sockets(self.folder, name, args.owner_uid, args.owner_gid)
         uid = own_uid_base() + 300 if os.geteuid() == 0 else os.geteuid()
         self.domain = domain
@@ -126,6 +126,12 @@ class HeldVtpm:
         sock.connect(str(self.folder / f"{self.slot.args.name}.sock{'.ctrl' if name == 'control' else ''}"))
         sock.settimeout(TIMEOUT_S)
         return sock
+
+
+async def measured(domain: Domain) -> str:
+    """Return what a domain would run."""
+    await domain.prepare()
+    return domain.measurement
 
 
 def readable(sock: socket.socket) -> bool:

@@ -8,11 +8,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vtpm.confine.title import set_title
+from vtpm.domains.base import Domain
 from vtpm.domains.process import ProcessDomain
+from vtpm.domains.qemu import QemuDomain
 from vtpm.errors import VtpmError
 from vtpm.launcher.descriptors import instances_for, raise_limit
 from vtpm.launcher.service import LauncherService
@@ -20,6 +22,7 @@ from vtpm.launcher.uid_range import UidRange
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
 from vtpm.wire.launcher import GUESTS_DIR, LAUNCHER, LAUNCHER_SOCKET, MAX_INSTANCES
 from vtpm.wire.packet_socket import AsyncPacketServer, ServiceLock
+from vtpm.wire.paths import SYSTEM_STATE_DIR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,18 +32,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--state-dir", type=Path, required=True, help="directory that one launcher at a time works for")
     parser.add_argument("--manager-uid", type=int, default=os.geteuid(), help="user id of the manager")
     parser.add_argument("--uid-base", type=int, default=0x76740100, help="first user id for instances")
+    parser.add_argument(
+        "--vm-images", type=Path, default=SYSTEM_STATE_DIR / "images", help="images for virtual machines"
+    )
+    parser.add_argument("--vm-accelerator", choices=("auto", "kvm", "tcg"), default="auto", help="of virtual machines")
+    parser.add_argument("--vm-memory-mib", type=int, default=96, help="of each virtual machine")
     args = parser.parse_args(argv)
     set_up_logging("vtpm-launcher")
     set_title("vtpm-launcher")
     try:
-        asyncio.run(_serve(args.run_dir, args.state_dir, args.manager_uid, args.uid_base))
+        domains: Mapping[str, Domain] = {
+            "process": ProcessDomain(),
+            "qemu": QemuDomain(args.vm_images, args.vm_accelerator, args.vm_memory_mib),
+        }
+        asyncio.run(_serve(args.run_dir, args.state_dir, args.manager_uid, args.uid_base, domains))
     except VtpmError as error:
         logging.getLogger("vtpm.launcher").error("%s", error)
         return error.exit_status
     return 0
 
 
-async def _serve(run_dir: Path, state_dir: Path, manager_uid: int, uid_base: int) -> None:
+async def _serve(
+    run_dir: Path, state_dir: Path, manager_uid: int, uid_base: int, domains: Mapping[str, Domain]
+) -> None:
     # Until the process ends. Another run directory, or the same one made anew, is no other host: with a second
     # launcher over the same vTPMs, one of them could have two instances.
     ServiceLock(state_dir, "launcher")
@@ -56,7 +70,7 @@ async def _serve(run_dir: Path, state_dir: Path, manager_uid: int, uid_base: int
         stale.unlink()
     ending = asyncio.Event()
     most = instances_for(raise_limit())
-    service = LauncherService(guests_dir, {"process": ProcessDomain()}, uid_base, ending.set, most=most)
+    service = LauncherService(guests_dir, domains, uid_base, ending.set, most=most)
     allowed = {0, os.geteuid(), manager_uid}
     server = AsyncPacketServer(LAUNCHER, service.handle, allowed.__contains__)
     service.server = server

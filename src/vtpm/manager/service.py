@@ -188,10 +188,11 @@ class ManagerService:
         """Register a vTPM with a key of its own; it is manufactured at its first start."""
         may_create(caller)
         name = valid_name(wanted.name)
-        if DomainKind(wanted.domain) is not DomainKind.PROCESS:
+        launcher: LauncherStatus = (await self.launcher.call("status", NoArgs()))[0]
+        if wanted.domain not in launcher.domains:
             raise UsageError(
-                f"vTPM {name} cannot have the domain {wanted.domain}: this release has only process domains",
-                next_step="Use --domain process",
+                f"vTPM {name} cannot have the domain {wanted.domain}: this host's launcher does not start such",
+                next_step=f"Use --domain {' or '.join(launcher.domains)}",
             )
         vtpm_id = VtpmId(uuid4())
         new_key = await asyncio.to_thread(self._keeper.new_key, vtpm_id)

@@ -134,6 +134,9 @@ def start_services(config: Config, layout: Layout) -> bool:
                 *("--state-dir", str(layout.launcher_dir)),
                 *("--manager-uid", str(layout.manager_uid)),
                 *("--uid-base", str(layout.instances_uid)),
+                *("--vm-images", str(config.vm_images)),
+                *("--vm-accelerator", config.vm_accelerator),
+                *("--vm-memory-mib", str(config.vm_memory_mib)),
             ],
             layout.log_dir,
         )

@@ -122,11 +122,13 @@ class LauncherStatus:
     Args:
         boot_id: of the host's kernel; instances of another boot are gone.
         privileged: whether it can give each instance a user id of its own.
+        domains: kinds of domain that it starts.
     """
 
     pid: int
     boot_id: Text
     privileged: bool
+    domains: Annotated[tuple[Annotated[str, MaxLength(16)], ...], MaxLength(8)]
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,12 @@ def test_what_has_begun_to_leave_leaves_whole_when_the_rest_is_dropped() -> None
 
 @pytest.mark.timeout(60)
 def test_memory_stays_bounded_when_clients_come_and_the_manager_does_not_read(vtpmd: Vtpmd) -> None:
-    clients = 20_000
+    clients = 40_000
     vtpmd.manager.pause()
     before = vtpmd.resident_bytes()
     for _ in range(clients):
         vtpmd.connect("data").close()
-    # Each is told of: as many messages as would be several times this much.
-    assert vtpmd.resident_bytes() - before < 2_000_000
+    # Each is told of: as many messages as would be several times this much. Buffers of the allocator take up to 3 MB.
+    assert vtpmd.resident_bytes() - before < 6_000_000
     vtpmd.manager.go_on()
     vtpmd.manager.hello()

@@ -93,9 +93,6 @@ class FakeDomain:
         if self.prepared is not None:
             await self.prepared.wait()
 
-    async def prepare(self) -> None:
-        pass
-
     def start(self, plan: DomainPlan) -> FakeRunning:
         if self.failures:
             raise self.failures.pop(0)
