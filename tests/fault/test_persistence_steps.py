@@ -77,6 +77,9 @@ STEPS = _steps(f"""
     K write keeper/recovery.public.next
     K fsync keeper/recovery.public.next
     K rename keeper/recovery.public.next
+    M link vault/vtpm.db
+    M write vault/vtpm.db.check*
+    M unlink vault/vtpm.db.check*
     M unlink vault/vtpm.db.new*
     M fdatasync vault
     M fsync vault

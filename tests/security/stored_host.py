@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -108,14 +109,20 @@ class Host:
                 db.execute(statement, values)
 
     def refused(self, cause: str, policy: AnchorPolicy = EACH_COMMIT) -> None:
-        """The store is refused, twice, and nothing of it or of the anchor changes."""
-        before, anchor = self.rows(), self.keeper.value
+        """The store is refused, twice, and no byte of its files nor the anchor changes."""
+        before, anchor = self.files(), self.keeper.value
         for _ in range(2):
             with pytest.raises(StateError, match=cause) as refusal:
                 self.start(policy)
             assert str(self.folder) in str(refusal.value)
-        assert self.rows() == before
+        assert self.files() == before
         assert self.keeper.value == anchor
+
+    def files(self) -> dict[str, bytes]:
+        """The digest of each file."""
+        if not self.folder.exists():
+            return {}
+        return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in self.folder.iterdir()}
 
     def rows(self) -> list[str]:
         if not (self.folder / "vtpm.db").exists():

@@ -22,7 +22,7 @@ from vtpm.tpm.types import InstanceId, VtpmId
 from vtpm.vault.anchor import AnchorMode, AnchorPolicy
 from vtpm.vault.merkle import MerkleTree
 from vtpm.vault.records import Event
-from vtpm.vault.root_record import NOTHING_ANCHORED, RECORD_BYTES, decode
+from vtpm.vault.root_record import NOTHING_ANCHORED, RECORD_BYTES, AnchorValue, decode
 from vtpm.vault.sqlite_anchored import _all_leaves
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
@@ -384,10 +384,38 @@ def test_store_is_refused_when_the_root_record_alone_is_put_back(host: Host) -> 
 
 
 def test_store_is_refused_when_it_is_under_another_root_key(stopped: Host) -> None:
-    before = stopped.rows()
+    before = stopped.files()
     with pytest.raises(StateError, match="foreign"):
         SqliteStore(stopped.folder, Secret(bytes(32)), stopped.keeper)
-    assert stopped.rows() == before
+    assert stopped.files() == before
+
+
+@pytest.mark.parametrize("cause", ["older than the anchor", "forked", "edited"])
+def test_no_byte_of_file_and_log_changes_when_a_store_with_a_log_is_refused(host: Host, cause: str) -> None:
+    host.start()
+    vtpm = host.make()
+    before = host.copy()
+    died = unanswered(host, vtpm, b"second") if cause == "forked" else before
+    if cause != "edited":
+        host.put_back(before)
+        host.start()
+        host.save(vtpm, b"another second").result(LIMIT_S)
+        host.save(vtpm, b"third").result(LIMIT_S)
+        host.stop()
+    if cause == "forked":
+        host.keeper.value = AnchorValue(host.keeper.value.version - 1, bytes(32))
+    host.stop()
+    host.put_back(died)
+    if cause == "edited":
+        host.keeper.value = NOTHING_ANCHORED
+        other = sqlite3.connect(host.folder / "vtpm.db", isolation_level=None)
+        other.execute("UPDATE vtpm SET owner_uid = 4242")
+        died = host.copy()
+        other.close()
+        host.put_back(died)
+        (host.folder / "vtpm.db-shm").unlink()
+    assert (host.folder / "vtpm.db-wal").stat().st_size > 0
+    host.refused(cause)
 
 
 # What is gone

@@ -37,7 +37,6 @@ from vtpm.vault.sqlite_file import (
     DATABASE_NAME,
     POLICY_SCHEMA,
     SCHEMA_VERSION,
-    Check,
     damaged,
     lock_directory,
     open_database,
@@ -199,17 +198,25 @@ class AnchoredDatabase:
                 raise missing(str(self.path), anchor)
             return first_record(self._mac_key).encode(self._mac_key)
 
-        self._db = open_database(self._directory, Check.ALL_PAGES, first)
+        def verify(view: sqlite3.Connection) -> None:
+            nonlocal accepting
+            with self._ours():
+                record = self._stored_record(view)
+                leaves = _all_leaves(view, str(self.path))
+                check_events_end(str(self.path), record, *_events_end(view))
+                self.ledger = Ledger(str(self.path), record, leaves, anchor)
+            try:
+                check_descends(str(self.path), record, anchor)
+            except StateError:
+                if accepting is None:
+                    raise
+            else:
+                accepting = None
+
+        self._db = open_database(self._directory, first, verify)
         with self.reading() as db:
-            record = self._stored_record(db)
-            leaves = _all_leaves(db, str(self.path))
-            check_events_end(str(self.path), record, *_events_end(db))
-            self.ledger = Ledger(str(self.path), record, leaves, anchor)
-        try:
-            check_descends(str(self.path), record, anchor)
-        except StateError:
-            if accepting is None:
-                raise
+            self._check_left(self._stored_record(db))
+        if accepting is not None:
             with self.changing(accepting, above=anchor.version):
                 pass
 
@@ -221,15 +228,14 @@ class AnchoredDatabase:
 
         # Closing is safe after a failed flush: SQLite counts the frames of a failed commit as never written.
         self._drop_connection()
-        self._db = open_database(self._directory, Check.SCHEMA, first)
+        self._db = open_database(self._directory, first)
         try:
             with self.reading() as db:
                 stored = self._stored_record(db)
             if self._draft is not None and stored == self._draft.record:
                 self.ledger.adopt(self._draft)
-            elif stored != self.ledger.record:
-                left = self.ledger.record.value
-                raise edited(str(self.path), f"it is at {stored.value}, and this manager left it at {left}")
+            else:
+                self._check_left(stored)
         except BaseException:
             self._drop_connection()
             raise
@@ -245,14 +251,10 @@ class AnchoredDatabase:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Give the connection, outside any transaction."""
-        with translated_errors(self.path):
+        with self._ours():
             if self._db is None:
                 raise StoreError(f"{self.path} is not open; nothing was acknowledged")
-            try:
-                yield self._db
-            except ValueError as error:
-                # Values that no row of ours has.
-                raise damaged(self.path, str(error)) from error
+            yield self._db
 
     def vtpm(self, row: Row | None, name: object) -> VtpmRecord:
         """Return the record in a row of SELECT_RECORDS, verified.
@@ -302,6 +304,22 @@ class AnchoredDatabase:
                 if change.prompt or above is not None:
                     self.prompt_version = draft.record.version
             self._draft = None
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Turn what reading rows raises into a store's errors."""
+        with translated_errors(self.path):
+            try:
+                yield
+            except ValueError as error:
+                # Values that no row of ours has.
+                raise damaged(self.path, str(error)) from error
+
+    def _check_left(self, stored: RootRecord) -> None:
+        """Raise StateError unless this record is the one that was left, or verified, here."""
+        if stored != self.ledger.record:
+            left = self.ledger.record.value
+            raise edited(str(self.path), f"it is at {stored.value}, and this manager left it at {left}")
 
     def _stored_record(self, db: sqlite3.Connection) -> RootRecord:
         row = db.execute("SELECT record FROM root").fetchone()

@@ -7,7 +7,6 @@ Imported by sqlite_anchored alone.
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import fcntl
 import os
@@ -120,13 +119,6 @@ CREATE TABLE event (
 """
 
 
-class Check(enum.Enum):
-    """How much of a database is looked at before it is used."""
-
-    ALL_PAGES = "all pages"
-    SCHEMA = "schema"
-
-
 @contextlib.contextmanager
 def translated_errors(path: Path) -> Iterator[None]:
     """Turn errors of SQLite and of the file system into those a store raises; others are bugs and pass."""
@@ -191,13 +183,16 @@ def lock_directory(directory: Path) -> int:
     return fd
 
 
-def open_database(directory: Path, check: Check, first_record: Callable[[], bytes]) -> sqlite3.Connection:
+def open_database(
+    directory: Path, first_record: Callable[[], bytes], verify: Callable[[sqlite3.Connection], None] | None = None
+) -> sqlite3.Connection:
     """Open the vault's database in a locked directory, making it if it was never there.
 
     Args:
         first_record: called when there is none; returns the root record to begin with, or raises.
+        verify: given the content to read, whose pages are sound, before anything is changed; raises if it is refused.
     Raises:
-        StateError: damaged, another application's, or of another schema; nothing was changed.
+        StateError: damaged, another application's, of another schema, or as `verify` does; no file was changed.
         StoreError: it cannot be reached at the moment.
     """
     path = directory / DATABASE_NAME
@@ -207,9 +202,14 @@ def open_database(directory: Path, check: Check, first_record: Callable[[], byte
         # At each opening: whoever made the file, its log or the directory may have been killed before these.
         _fsync_directory(directory)
         _fsync_directory(directory.parent)
+        _check_file(path)
+        if verify is not None:
+            with _view(path) as view:
+                _check_schema(view, path)
+                _check_pages(view, path)
+                verify(view)
         # The first name of the file just made, or made by one who was killed here.
         path.with_name(f"{DATABASE_NAME}.new").unlink(missing_ok=True)
-        _check_file(path)
         _rewrite_log(path)
         db = sqlite3.connect(
             f"file:{quote(str(path))}?mode=rw",
@@ -221,12 +221,49 @@ def open_database(directory: Path, check: Check, first_record: Callable[[], byte
         try:
             _configure(db, path)
             _check_schema(db, path)
-            if check is Check.ALL_PAGES:
-                _check_pages(db, path)
         except BaseException:
             db.close()
             raise
     return db
+
+
+@contextlib.contextmanager
+def _view(path: Path) -> Iterator[sqlite3.Connection]:
+    """Give the content of file and log to read, and leave both as they are.
+
+    Whoever closes a database with a log moves the log's pages into the file, and would so change what is evidence. So
+    the file is read by another name, under which SQLite cannot write it and finds a copy of the log.
+    """
+    view = path.with_name(f"{DATABASE_NAME}.check")
+    _remove_view(view)
+    try:
+        os.link(path, view)
+        _copy_log(path, view)
+        with contextlib.closing(
+            sqlite3.connect(f"file:{quote(str(view))}?mode=ro", uri=True, isolation_level=None, timeout=0)
+        ) as db:
+            (journal_mode,) = db.execute("PRAGMA journal_mode").fetchone()
+            if journal_mode != "wal":
+                raise damaged(path, f"its journal mode is {journal_mode}")
+            _distrust(db)
+            yield db
+    finally:
+        _remove_view(view)
+
+
+def _remove_view(view: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        view.with_name(view.name + suffix).unlink(missing_ok=True)
+
+
+def _copy_log(path: Path, view: Path) -> None:
+    try:
+        source = os.open(path.with_name(f"{path.name}-wal"), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    with open(source, "rb") as log, view.with_name(f"{view.name}-wal").open("xb") as copy:
+        while chunk := log.read(_COPY_BYTES):
+            copy.write(chunk)
 
 
 def _create(directory: Path, first_record: Callable[[], bytes]) -> None:
@@ -321,12 +358,16 @@ def _configure(db: sqlite3.Connection, path: Path) -> None:
     db.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
     db.execute("PRAGMA foreign_keys=ON")
     db.execute("PRAGMA secure_delete=ON")
-    db.execute("PRAGMA trusted_schema=OFF")
-    db.execute("PRAGMA cell_size_check=ON")
+    _distrust(db)
     db.execute("PRAGMA temp_store=MEMORY")
     # In KiB: rows and indexes of some 10,000 vTPMs, so that a save of one finds them in memory.
     db.execute("PRAGMA cache_size=-16384")
     db.execute(f"PRAGMA journal_size_limit={_WAL_LIMIT_BYTES}")
+
+
+def _distrust(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA trusted_schema=OFF")
+    db.execute("PRAGMA cell_size_check=ON")
 
 
 def _check_schema(db: sqlite3.Connection, path: Path) -> None:

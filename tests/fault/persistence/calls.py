@@ -84,8 +84,8 @@ def step_of(line: str, state_dir: Path) -> tuple[int, Step] | None:
     file = str(path.relative_to(state_dir))
     if _NO_STATE.search(file):
         return None
-    # The draft of a database, with SQLite's side files.
-    file = re.sub(r"vtpm\.db\.new.*", "vtpm.db.new*", file)
+    # The draft and the view of a database, with SQLite's side files.
+    file = re.sub(r"vtpm\.db\.(new|check).*", r"vtpm.db.\1*", file)
     return thread, Step(program, begin["name"], file)
 
 
