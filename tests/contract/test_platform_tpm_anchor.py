@@ -14,11 +14,14 @@ from tpm2_pytss import ESAPI, TPM2_ALG, TPM2_SU, TPM2B_NV_PUBLIC, TPMA_NV, TPMS_
 from tests.contract.conftest import Tpm
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.errors import ConflictError, PlatformTpmError, StateError, UsageError
-from vtpm.platform_tpm.anchor import FIRST_ANCHOR, MAX_VERSION, Anchor, AnchorIndex
+from vtpm.platform_tpm.anchor import FIRST_ANCHOR, MAX_VERSION, Anchor, AnchorIndex, anchor_index
+from vtpm.platform_tpm.nv_index import taken_handles
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.platform_tpm.sealing import Indexes
+from vtpm.platform_tpm.write_authority import WriteAuthority
 from vtpm.secret import Secret
 
 pytestmark = pytest.mark.timeout(60)
@@ -212,3 +215,36 @@ def test_orderly_index_is_no_anchor_when_the_tpm_is_reset(
     with ESAPI(tpm.tcti) as esapi:
         public, _ = esapi.nv_read_public(esapi.tr_from_tpmpublic(0x01800001))
         assert bool(public.nvPublic.attributes & TPMA_NV.WRITTEN) == kept
+
+
+def test_the_newest_anchor_is_found_when_there_are_several_and_others_indexes(
+    platform: PlatformTpm, blob: SealedBlob, anchor: AnchorIndex
+) -> None:
+    anchor.write(Anchor(7, DIGEST))
+    anchor.close()
+    first = platform.pcr_set("set-up", DEFAULT_PCRS)
+    other = Secret(bytes(range(32)))
+    platform.seal_root(other, first, lambda _: None, zero_pcrs=ZeroPcrs.ALLOW)
+    second = platform.seal_root(ROOT, first, lambda _: None, zero_pcrs=ZeroPcrs.ALLOW)
+    found = platform.find_indexes(ROOT)
+    assert found.anchor == blob.anchor_index != second.anchor_index
+    assert found.policy in (blob.policy_index, second.policy_index)
+    assert platform.find_indexes(Secret(b"3" * 32)) == Indexes(srk_name=blob.srk_name)
+    third = platform.seal_root(ROOT, first, lambda _: None, zero_pcrs=ZeroPcrs.ALLOW, kept=found)
+    assert platform.unseal_root(third).root == ROOT
+    with platform.open_anchor(third, ROOT) as opened:
+        assert opened.read() == Anchor(7, DIGEST)
+
+
+def test_what_was_defined_and_never_written_is_undefined_when_looking_for_indexes(
+    platform: PlatformTpm, blob: SealedBlob
+) -> None:
+    handle = blob.anchor_index.handle + 5
+    platform._connection.run(
+        "define",
+        lambda: platform._connection.esapi.nv_define_space(b"", anchor_index(handle, WriteAuthority(ROOT)).public()),
+    )
+    assert platform.find_indexes(ROOT) == Indexes(blob.policy_index, blob.anchor_index, blob.srk_name)
+    taken = platform._connection.run("list", lambda: taken_handles(platform._connection))
+    assert handle not in taken
+    assert blob.anchor_index.handle in taken

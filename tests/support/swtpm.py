@@ -100,6 +100,17 @@ class SwtpmPlatform:
                 responses.append(link.recv(int.from_bytes(response[2:6], "big"), socket.MSG_WAITALL))
         return responses
 
+    def nv_handles(self) -> list[str]:
+        """The NV indexes that are defined."""
+        listed = subprocess.run(
+            ["tpm2_getcap", "-T", self.tcti, "handles-nv-index"],
+            check=True,
+            timeout=START_TIMEOUT_S,
+            capture_output=True,
+            text=True,
+        )
+        return listed.stdout.split()
+
     def store_volatile(self) -> None:
         """Have it write its volatile state beside the permanent one."""
         subprocess.run(

@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from vtpm.errors import PlatformTpmError, StateError, StoreError
 from vtpm.keeper.durable_file import read_file, replace_file, sync_directory, write_new
 from vtpm.platform_tpm.pcrs import PcrSelection
-from vtpm.platform_tpm.platform_tpm import PlatformTpm
+from vtpm.platform_tpm.platform_tpm import NO_INDEXES, PlatformTpm
 from vtpm.platform_tpm.root_policy import PcrSet, ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import MAX_BLOB_BYTES, SealedBlob
+from vtpm.platform_tpm.sealing import Indexes
 from vtpm.secret import KEY_BYTES, Secret
 
 ROOT_FILE = "root.sealed"
@@ -121,12 +122,15 @@ def _make(path: Path, tpm: PlatformTpm, new: NewRoot) -> RootKey:
     return root
 
 
-def _seal(temporary: Path, tpm: PlatformTpm, secret: Secret, label: str, new: NewRoot) -> RootKey:
+def _seal(
+    temporary: Path, tpm: PlatformTpm, secret: Secret, label: str, new: NewRoot, kept: Indexes = NO_INDEXES
+) -> RootKey:
     """Seal a root key into a temporary file, and open it from there."""
     blob = tpm.seal_root(
         secret,
         tpm.pcr_set(label, new.selection),
         lambda blob: write_new(temporary, blob.to_bytes()),
+        kept=kept,
         zero_pcrs=new.zero_pcrs,
         fence_pcr=new.fence_pcr,
         services_pcr=new.services_pcr,
@@ -148,22 +152,29 @@ def save_root_file(state_dir: Path, blob: SealedBlob) -> None:
 def seal_again(state_dir: Path, tpm: PlatformTpm, secret: Secret, new: NewRoot) -> RootKey:
     """Seal a recovered root key to the platform TPM as it is now.
 
-    Where the TPM still has the indexes of the root file, only the policy is changed, and the anchor stays. Otherwise
-    there are new ones, and the root file before is kept beside the new one.
+    Where the TPM still has the root key's indexes, whatever became of the root file, the anchor stays: it is what tells
+    an older store. Only where the TPM says that it has none are there new ones. With both and the root file only the
+    policy is changed; otherwise there is a new root file, and the one before is kept beside it.
 
     Raises:
-        PlatformTpmError: the TPM refuses or went away.
+        PlatformTpmError: the TPM refuses or went away; nothing was made in it.
         StoreError: a new root file cannot be made durable.
     """
     path = state_dir / ROOT_FILE
+    kept = tpm.find_indexes(secret)
     try:
-        return _change_policy(path, tpm, secret, new)
-    except (StateError, PlatformTpmError) as error:
-        _log.warning("the root file is of no use to this platform TPM, and is replaced: %s", error)
-    temporary = _temporary(path)
-    _discard(temporary, tpm)
-    root = _seal(temporary, tpm, secret, RECOVERED_LABEL, new)
+        blob = _read_blob(path, secret)
+        if kept == Indexes(blob.policy_index, blob.anchor_index, blob.srk_name):
+            return _change_policy(path, blob, tpm, secret, new)
+        why = "the platform TPM has not the indexes that it names"
+    except StateError as error:
+        why = error.message
+    _log.warning("the root file is replaced: %s", why)
+    # Not the name that a first start uses, which would undefine the indexes of what it finds there.
+    temporary = path.with_name(f"{path.name}.again")
     try:
+        root = _seal(temporary, tpm, secret, RECOVERED_LABEL, new, kept)
+
         if has_root_file(state_dir):
             # A second name for it: at no moment is there no root file, for which a start would make a new key.
             os.link(path, path.with_name(f"{path.name}.before-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"))
@@ -174,14 +185,18 @@ def seal_again(state_dir: Path, tpm: PlatformTpm, secret: Secret, new: NewRoot) 
     return root
 
 
-def _change_policy(path: Path, tpm: PlatformTpm, secret: Secret, new: NewRoot) -> RootKey:
+def _read_blob(path: Path, secret: Secret) -> SealedBlob:
+    """Return what the root file holds. Raises StateError: there is none, or it is damaged or of another root key."""
     data = read_file(path, _WHAT, MAX_BLOB_BYTES)
     if data is None:
         raise StateError(f"there is no root file {path}")
     blob = SealedBlob.from_bytes(data)
+    blob.verify(secret)
+    return blob
+
+
+def _change_policy(path: Path, blob: SealedBlob, tpm: PlatformTpm, secret: Secret, new: NewRoot) -> RootKey:
     now = tpm.pcr_set(RECOVERED_LABEL, new.selection)
-    # With the anchor, or not at all: a TPM that lost it has lost what the policy index was for.
-    tpm.open_anchor(blob, secret).close()
     blob = tpm.replace(
         blob,
         secret,

@@ -90,9 +90,7 @@ def free_handles(connection: Connection, count: int) -> list[int]:
     Raises:
         PlatformTpmError: there are not so many.
     """
-    wanted = LAST_HANDLE - FIRST_HANDLE + 1
-    _, capability = connection.esapi.get_capability(TPM2_CAP.HANDLES, FIRST_HANDLE, wanted)
-    taken = {int(handle) for handle in capability.data.handles}
+    taken = set(taken_handles(connection))
     free = [handle for handle in range(FIRST_HANDLE, LAST_HANDLE + 1) if handle not in taken]
     if len(free) < count:
         raise PlatformTpmError(
@@ -101,6 +99,36 @@ def free_handles(connection: Connection, count: int) -> list[int]:
             next_step="Undefine what is no longer in use: tpm2_getcap handles-nv-index, tpm2_nvundefine",
         )
     return free[:count]
+
+
+def taken_handles(connection: Connection, session: Any = ESYS_TR.NONE) -> list[int]:
+    """Return the handles between FIRST_HANDLE and LAST_HANDLE that an index has.
+
+    Args:
+        session: an audit session, with which the answer is authenticated.
+    """
+    found: list[int] = []
+    more, first = True, FIRST_HANDLE
+    while more and first <= LAST_HANDLE:
+        more, capability = connection.esapi.get_capability(
+            TPM2_CAP.HANDLES, first, LAST_HANDLE - first + 1, session1=session
+        )
+        part = [int(handle) for handle in capability.data.handles]
+        if not part:
+            break
+        found += part
+        first = part[-1] + 1
+    return [handle for handle in found if handle <= LAST_HANDLE]
+
+
+def find(connection: Connection, handle: int, session: Any) -> tuple[Any, bytes]:
+    """Return the index under a handle, and its Name.
+
+    Args:
+        session: an audit session, with which the answer is authenticated.
+    """
+    index = connection.esapi.tr_from_tpmpublic(handle, session1=session)
+    return index, bytes(connection.esapi.tr_get_name(index))
 
 
 def locate(connection: Connection, ref: IndexRef, title: str) -> Any:

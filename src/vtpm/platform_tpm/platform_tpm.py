@@ -20,7 +20,7 @@ from vtpm.platform_tpm.connection import PT_MANUFACTURER, Connection
 from vtpm.platform_tpm.pcrs import PCR_COUNT, PcrBank, PcrSelection
 from vtpm.platform_tpm.root_policy import PcrSet, PcrSets, ZeroPcrs, checked, refuse_zeros, with_set, without_set
 from vtpm.platform_tpm.sealed_blob import SealedBlob
-from vtpm.platform_tpm.sealing import OpenedRoot
+from vtpm.platform_tpm.sealing import Indexes, OpenedRoot
 from vtpm.platform_tpm.write_authority import WriteAuthority
 from vtpm.secret import Secret
 
@@ -32,6 +32,7 @@ MAX_RANDOM_BYTES = 1024
 _PT_VENDOR_STRINGS = (0x106, 0x107, 0x108, 0x109)
 _PT_FIRMWARE_VERSIONS = (0x10B, 0x10C)
 
+NO_INDEXES = Indexes()
 Save = Callable[[SealedBlob], None]
 """Makes a blob durable in the place of the one before; called in the caller's thread, and free to raise."""
 
@@ -159,12 +160,21 @@ class PlatformTpm:
 
     # The root key.
 
+    def find_indexes(self, root: Secret) -> Indexes:
+        """Return the indexes of a root key that this TPM has, whatever their handles are.
+
+        Raises:
+            PlatformTpmError: it cannot be said, which is no sign that there are none.
+        """
+        return self._connection.run("look for NV indexes", lambda: sealing.find_indexes(self._connection, root))
+
     def seal_root(
         self,
         root: Secret,
         first: PcrSet,
         save: Save,
         *,
+        kept: Indexes = NO_INDEXES,
         zero_pcrs: ZeroPcrs = ZeroPcrs.REFUSE,
         fence_pcr: int | None = None,
         services_pcr: int | None = None,
@@ -172,10 +182,12 @@ class PlatformTpm:
         """Seal a root key, and make the policy index and the anchor index in the TPM.
 
         `save` is called before an index is made, so that a blob that was saved and never finished names what may be
-        left in the TPM: `discard` removes it. The blob opens when this returns.
+        left in the TPM: `discard` removes it, where no index was kept. The blob opens when this returns.
 
         Args:
             root: the key.
+            kept: indexes of this root key in the TPM, from `find_indexes`, to go on with: the anchor stays as it is,
+                and what opened under the policy before opens no more.
             first: the only set of PCRs that is allowed at first, such as `pcr_set` returns.
             save: keeps the blob, not yet as the one that counts.
             zero_pcrs: whether PCRs that are all zero will do.
@@ -187,9 +199,9 @@ class PlatformTpm:
         """
         self._check_set(first, zero_pcrs, fence_pcr, services_pcr)
         connection = self._connection
-        blob = connection.run("seal a key", lambda: sealing.seal(connection, root, first))
+        blob = connection.run("seal a key", lambda: sealing.seal(connection, root, first, kept))
         save(blob)
-        connection.run("make NV indexes", lambda: sealing.make_indexes(connection, blob, root))
+        connection.run("make NV indexes", lambda: sealing.make_indexes(connection, blob, root, kept))
         return blob
 
     def discard(self, blob: SealedBlob) -> None:

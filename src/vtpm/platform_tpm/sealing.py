@@ -25,7 +25,7 @@ from tpm2_pytss import (
 
 from vtpm.errors import PlatformTpmError, StateError
 from vtpm.platform_tpm import faults, nv_index
-from vtpm.platform_tpm.anchor import FIRST_ANCHOR, anchor_index
+from vtpm.platform_tpm.anchor import ANCHOR_BYTES, FIRST_ANCHOR, Anchor, anchor_index
 from vtpm.platform_tpm.connection import Connection
 from vtpm.platform_tpm.fence import is_fenced
 from vtpm.platform_tpm.nv_index import IndexWriter, NvIndex
@@ -39,7 +39,7 @@ from vtpm.platform_tpm.root_policy import (
     authorize_nv_digest,
     branches,
 )
-from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.platform_tpm.sealed_blob import IndexRef, SealedBlob
 from vtpm.platform_tpm.write_authority import WriteAuthority
 from vtpm.secret import Secret
 
@@ -62,16 +62,58 @@ class OpenedRoot:
     opened_by: PcrSet
 
 
+@dataclass(frozen=True)
+class Indexes:
+    """The NV indexes of a root key, as far as the TPM has them.
+
+    Args:
+        srk_name: TPM Name of its storage primary key: other TPMs may have indexes of the same Names.
+    """
+
+    policy: IndexRef | None = None
+    anchor: IndexRef | None = None
+    srk_name: bytes = b""
+
+
 def policy_index(handle: int, authority: WriteAuthority) -> NvIndex:
     """Return the policy index of an authority at a handle."""
     return NvIndex.of(_TITLE, handle, APPROVED_BYTES, _POLICY_REF, authority)
 
 
-def seal(connection: Connection, root: Secret, first: PcrSet) -> SealedBlob:
-    """Seal a root key for indexes that are yet to be made, at handles that are free now."""
+def find_indexes(connection: Connection, root: Secret) -> Indexes:
+    """Return the indexes of a root key that the TPM has; of several anchors the one with the greatest version.
+
+    Each answer is authenticated, so that nobody on the bus can hide one. What a sealing that was cut short has defined
+    and not written holds nothing, and is undefined.
+    """
     authority = WriteAuthority(root)
-    handles = nv_index.free_handles(connection, 2)
-    policy, anchor = policy_index(handles[0], authority).ref, anchor_index(handles[1], authority).ref
+    policy: IndexRef | None = None
+    anchors: list[tuple[int, IndexRef]] = []
+    with connection.storage_primary() as (srk, srk_name):
+        with connection.session(srk, TPM2_SE.HMAC, TPMA_SESSION.AUDIT) as session:
+            named = [
+                (handle, *nv_index.find(connection, handle, session))
+                for handle in nv_index.taken_handles(connection, session)
+            ]
+        with connection.session(srk, TPM2_SE.HMAC, 0) as session:
+            for handle, index, name in named:
+                wanted = policy_index(handle, authority), anchor_index(handle, authority)
+                if name in (one.name(written=False) for one in wanted):
+                    connection.esapi.nv_undefine_space(index)
+                elif name == wanted[1].ref.name:
+                    data = nv_index.read(connection, index, wanted[1].ref, wanted[1].title, ANCHOR_BYTES, session)
+                    anchors.append((Anchor.from_bytes(data).version, wanted[1].ref))
+                elif name == wanted[0].ref.name:
+                    policy = wanted[0].ref
+    return Indexes(policy, max(anchors, key=lambda found: found[0])[1] if anchors else None, srk_name)
+
+
+def seal(connection: Connection, root: Secret, first: PcrSet, kept: Indexes) -> SealedBlob:
+    """Seal a root key for indexes that are kept, and others yet to be made at handles that are free now."""
+    authority = WriteAuthority(root)
+    handles = nv_index.free_handles(connection, (kept.policy is None) + (kept.anchor is None))
+    policy = kept.policy or policy_index(handles.pop(0), authority).ref
+    anchor = kept.anchor or anchor_index(handles.pop(0), authority).ref
     sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(data=TPM2B_SENSITIVE_DATA(root.reveal())))
     both_ways = TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT
     with (
@@ -97,16 +139,24 @@ def seal(connection: Connection, root: Secret, first: PcrSet) -> SealedBlob:
     ).signed(root)
 
 
-def make_indexes(connection: Connection, blob: SealedBlob, root: Secret) -> None:
-    """Define and write the policy index and the anchor index of a blob."""
+def make_indexes(connection: Connection, blob: SealedBlob, root: Secret, kept: Indexes) -> None:
+    """Define and write the policy index and the anchor index of a blob; one that is kept is not defined anew.
+
+    The anchor of one that is kept stays as it is.
+    """
     authority = WriteAuthority(root)
     writer = IndexWriter(connection, authority, blob.srk_name)
     try:
-        for index, content in (
-            (policy_index(blob.policy_index.handle, authority), approved(blob.lists[0])),
-            (anchor_index(blob.anchor_index.handle, authority), FIRST_ANCHOR.to_bytes()),
-        ):
-            writer.write(writer.define(index), index, content, first=True)
+        policy, anchor = (
+            policy_index(blob.policy_index.handle, authority),
+            anchor_index(blob.anchor_index.handle, authority),
+        )
+        if kept.policy is None:
+            writer.write(writer.define(policy), policy, approved(blob.lists[0]), first=True)
+        else:
+            writer.write(nv_index.locate(connection, policy.ref, _TITLE), policy, approved(blob.lists[0]))
+        if kept.anchor is None:
+            writer.write(writer.define(anchor), anchor, FIRST_ANCHOR.to_bytes(), first=True)
     finally:
         writer.close()
 

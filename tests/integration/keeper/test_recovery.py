@@ -98,13 +98,67 @@ def test_key_opens_and_the_root_file_before_is_kept_when_the_tpm_was_lost(
         second.terminate()
 
 
-def test_key_opens_when_the_root_file_is_lost(keeper: KeeperProcess, connect: Connect, known: Known) -> None:
+def test_key_opens_and_the_anchor_stays_when_the_root_file_is_lost(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect, known: Known
+) -> None:
+    indexes = swtpm.nv_handles()
     keeper.root_file.unlink()
     client = connect(keeper.start())
     assert "is missing, although its key is in escrow" in client.status().locked
     assert not keeper.root_file.exists()
-    client.recover(known.recovery_key)
+    assert client.recover(known.recovery_key)
     known.check(client)
+    assert client.read_anchor() == ANCHOR
+    assert swtpm.nv_handles() == indexes
+    keeper.terminate()
+    client = connect(keeper.start())
+    known.check(client)
+    assert client.read_anchor() == ANCHOR
+
+
+def test_anchor_stays_when_the_root_file_is_damaged_or_names_other_indexes(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect, known: Known
+) -> None:
+    good = keeper.root_file.read_bytes()
+    fields = json.loads(good)
+    fields["anchor_index"]["handle"] += 8
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    for bad in (good[:-2], canonical, b""):
+        keeper.root_file.write_bytes(bad)
+        client = connect(keeper.start())
+        assert client.status().locked
+        assert client.recover(known.recovery_key)
+        assert client.read_anchor() == ANCHOR
+        keeper.terminate()
+    swtpm.extend(7)
+    client = connect(keeper.start())
+    assert client.recover(known.recovery_key)
+    assert client.read_anchor() == ANCHOR
+
+
+def test_the_root_file_before_opens_no_more_when_the_key_was_sealed_again(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect, known: Known
+) -> None:
+    before = keeper.root_file.read_bytes()
+    keeper.root_file.unlink()
+    swtpm.extend(7)
+    connect(keeper.start()).recover(known.recovery_key)
+    keeper.terminate()
+    swtpm.reboot()
+    swtpm.extend(0, "firmware")
+    keeper.root_file.write_bytes(before)
+    assert "older than the last change of the policy" in connect(keeper.start()).status().locked
+
+
+def test_a_new_anchor_is_made_when_the_old_one_was_undefined(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect, known: Known
+) -> None:
+    handle = json.loads(keeper.root_file.read_bytes())["anchor_index"]["handle"]
+    subprocess.run(["tpm2_nvundefine", "-T", swtpm.tcti, hex(handle)], check=True, timeout=20, capture_output=True)
+    client = connect(keeper.start())
+    assert not client.recover(known.recovery_key)
+    known.check(client)
+    assert client.read_anchor().version == 0
 
 
 def test_nothing_changes_when_the_recovery_key_is_another_or_damaged(
