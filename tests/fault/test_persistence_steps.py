@@ -78,8 +78,6 @@ STEPS = _steps(f"""
     K fsync keeper/recovery.public.next
     K rename keeper/recovery.public.next
     M link vault/vtpm.db
-    M write vault/vtpm.db.check*
-    M unlink vault/vtpm.db.check*
     M unlink vault/vtpm.db.new*
     M fdatasync vault
     M fsync vault

@@ -49,8 +49,9 @@ _OF_PATH = re.compile(r'^(?:AT_FDCWD(?:<[^>]*>)?, )?"(?P<path>[^"]*)"')
 _END = re.compile(r"^(?P<thread>\d+)<[^>]*> .*\) += -?\d")
 _ATTACHED = re.compile(rb"Process \d+ attached")
 _PROGRAMS = {"vtpm-managerd": "manager", "vtpm-keeper": "keeper", "vtpm-embedded-t": "embedded TPM"}
-# Neither state nor lasting: what says who runs, what is told to a reader, an index that is made anew at each opening.
-_NO_STATE = re.compile(r"\.(log|lock)$|^log(/|$)|-shm$")
+# Neither state nor lasting: what says who runs, what is told to a reader, an index and a view that are made anew at each
+# opening.
+_NO_STATE = re.compile(r"\.(log|lock)$|^log(/|$)|-shm$|vtpm\.db\.check")
 
 
 @dataclass(frozen=True, order=True)
@@ -84,8 +85,8 @@ def step_of(line: str, state_dir: Path) -> tuple[int, Step] | None:
     file = str(path.relative_to(state_dir))
     if _NO_STATE.search(file):
         return None
-    # The draft and the view of a database, with SQLite's side files.
-    file = re.sub(r"vtpm\.db\.(new|check).*", r"vtpm.db.\1*", file)
+    # The draft of a database, with SQLite's side files.
+    file = re.sub(r"vtpm\.db\.new.*", "vtpm.db.new*", file)
     return thread, Step(program, begin["name"], file)
 
 

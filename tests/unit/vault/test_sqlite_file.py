@@ -124,6 +124,16 @@ def test_second_name_is_removed_when_making_was_interrupted_after_the_link(folde
     assert [path.name for path in folder.iterdir()] == ["vtpm.db"]
 
 
+def test_what_is_left_of_a_view_changes_nothing_when_checking_was_interrupted(folder: Path) -> None:
+    database = filled(folder)
+    (folder / "vtpm.db.check").hardlink_to(database)
+    for name in ("vtpm.db.check-wal", "vtpm.db.check-shm"):
+        (folder / name).write_bytes(b"half copied")
+    with closing(open_store(folder)) as store:
+        assert len(store.list_vtpms()) == 3
+    assert [path.name for path in folder.iterdir()] == ["vtpm.db"]
+
+
 def test_database_is_refused_when_cut_at_any_page(folder: Path) -> None:
     content = filled(folder).read_bytes()
     for length in [*range(1, 200, 33), *range(4096, len(content), 4096), len(content) - 1]:
