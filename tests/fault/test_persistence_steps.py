@@ -69,10 +69,11 @@ STEPS = _steps(f"""
     K write keeper/root.sealed.next
     K fsync keeper/root.sealed.next
     K rename keeper/root.sealed.next
-    K unlink keeper/root.escrow.next
-    K write keeper/root.escrow.next
-    K fsync keeper/root.escrow.next
-    K rename keeper/root.escrow.next
+    K unlink keeper/root.escrow.unconfirmed.next
+    K write keeper/root.escrow.unconfirmed.next
+    K fsync keeper/root.escrow.unconfirmed.next
+    K rename keeper/root.escrow.unconfirmed.next
+    K rename keeper/root.escrow.unconfirmed
     K unlink keeper/recovery.public.next
     K write keeper/recovery.public.next
     K fsync keeper/recovery.public.next

@@ -276,6 +276,7 @@ def test_openapi_document_names_every_route_when_asked_for(raw: httpx.Client) ->
         ("/v1/images/retire", "post"),
         ("/v1/launches", "get"),
         ("/v1/recovery-key", "post"),
+        ("/v1/recovery-key/confirm", "post"),
         ("/v1/recover", "post"),
         ("/v1/shutdown", "post"),
     }

@@ -126,8 +126,8 @@ def drop(session: Session, label: str, yes: bool) -> None:
 def recovery_key(session: Session, output: Path | None, yes: bool) -> None:
     """Make the recovery key, and show it once: write it down and keep it offline.
 
-    It opens the vault when the platform TPM is lost or its PCRs have changed. It is kept nowhere; one that was made
-    before opens nothing any more.
+    It opens the vault when the platform TPM is lost or its PCRs have changed. It is kept nowhere. Once it is written,
+    one that was made before opens nothing any more.
     """
     with session.connect() as manager, contextlib.ExitStack() as stack:
         platform = manager.status().platform
@@ -136,19 +136,24 @@ def recovery_key(session: Session, output: Path | None, yes: bool) -> None:
                 f"The recovery key {platform.recovery} will open nothing any more. Make a new one?",
                 refusal="the recovery key stays as it is",
             )
-        # Opened before the key is made: one that cannot be kept would only replace another.
+        # Opened before the key is made: one that cannot be kept is of no use.
         file = None if output is None else stack.enter_context(NewFile(output))
         made = manager.new_recovery_key()
         if file is not None:
             file.fill(f"{made.recovery_key}\n".encode("ascii"))
+        elif session.output is Output.JSON:
+            print_json(made)
+        else:
+            for row in made.recovery_key.splitlines():
+                print_line(row)
+        # Only once it has left: if it does not, an earlier one goes on to count.
+        sys.stdout.flush()
+        manager.confirm_recovery_key(made.public_key)
     if output is not None:
         print_message(f"written to {output}: move it to a place that is not this machine")
     elif session.output is Output.JSON:
-        print_json(made)
         return
     else:
-        for row in made.recovery_key.splitlines():
-            print_line(row)
         print_message("write it down and keep it off this machine; it is shown this once")
     print_message(f"its fingerprint, as vtpm status shows it: {made.fingerprint}")
     print_message(f"its public half, which seals backups and may be known: {made.public_key}")

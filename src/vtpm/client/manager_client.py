@@ -29,6 +29,7 @@ from vtpm.wire.api import (
     AllowPcrs,
     ApiError,
     AuditEvent,
+    ConfirmRecoveryKey,
     CreateVtpm,
     DomainName,
     ExportedVtpm,
@@ -65,6 +66,7 @@ Body: TypeAlias = (
     | AllowPcrs
     | AllowImage
     | RetireImage
+    | ConfirmRecoveryKey
     | RecoveryKeyText
     | ExportVtpm
     | ImportBackup
@@ -281,8 +283,18 @@ class ManagerClient:
         return decode(Launches, self._request("GET", "/v1/launches"), "the launches")
 
     def new_recovery_key(self) -> NewRecoveryKey:
-        """Make a recovery key, which is kept nowhere; an earlier one opens nothing any more."""
+        """Make a recovery key, which is kept nowhere; an earlier one counts until this one is confirmed."""
         return decode(NewRecoveryKey, self._request("POST", "/v1/recovery-key"), "the recovery key")
+
+    def confirm_recovery_key(self, public_key: str) -> None:
+        """Say that somebody has the recovery key that was made last; an earlier one opens nothing any more.
+
+        Args:
+            public_key: text of its public half.
+        Raises:
+            NotFoundError: it is not the one that was made last.
+        """
+        self._request("POST", "/v1/recovery-key/confirm", ConfirmRecoveryKey(public_key))
 
     def recover(self, recovery_key: str) -> Status:
         """Open the vault by the recovery key and seal the root key to the platform TPM as it is now.

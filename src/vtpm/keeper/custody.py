@@ -176,9 +176,19 @@ class Custody:
             return escrow.public_key(self._state_dir, self.root.secret)
 
     def new_recovery_key(self) -> RecoveryKey:
-        """Make a recovery key in the place of an earlier one. Raises StoreError: it is not durable."""
+        """Make a recovery key; one that was made before counts until it is confirmed. Raises StoreError."""
         with self._busy:
             return escrow.make_recovery_key(self._state_dir, self.root.secret)
+
+    def confirm_recovery_key(self, public: RecoveryPublicKey) -> None:
+        """Let the recovery key that was made last count, and no other. Raises as escrow.confirm_recovery_key."""
+        with self._busy:
+            escrow.confirm_recovery_key(self._state_dir, self.root.secret, public)
+
+    @property
+    def unconfirmed_recovery(self) -> bool:
+        """Whether a recovery key was made and not confirmed."""
+        return escrow.unconfirmed(self._state_dir)
 
     def recover(self, text: str) -> bool:
         """Open the root key by the recovery key, and seal it to the platform TPM as it is now.

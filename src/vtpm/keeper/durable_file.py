@@ -49,12 +49,22 @@ def replace_file(path: Path, what: str, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.next")
     try:
         write_new(temporary, data)
-        temporary.rename(path)
+    except OSError as error:
+        raise _not_written(path, what, error) from error
+    rename_file(temporary, what, path)
+
+
+def rename_file(source: Path, what: str, path: Path) -> None:
+    """Put a file that is durable in the place of what is there, in one folder; as replace_file. Raises StoreError."""
+    try:
+        source.rename(path)
         sync_directory(path.parent)
     except OSError as error:
-        raise StoreError(
-            f"the {what} {path} cannot be written: {error.strerror}", next_step="Make room on the disk"
-        ) from error
+        raise _not_written(path, what, error) from error
+
+
+def _not_written(path: Path, what: str, error: OSError) -> StoreError:
+    return StoreError(f"the {what} {path} cannot be written: {error.strerror}", next_step="Make room on the disk")
 
 
 def sync_directory(directory: Path) -> None:

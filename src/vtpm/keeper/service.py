@@ -16,6 +16,7 @@ from vtpm.keeper.root_key import RootKey
 from vtpm.platform_tpm.anchor import Anchor
 from vtpm.platform_tpm.pcrs import all_zero
 from vtpm.platform_tpm.root_policy import PcrSet
+from vtpm.recovery_key import RecoveryPublicKey
 from vtpm.secret import KEY_BYTES, Secret
 from vtpm.tpm.launch_log import Gap, Launch
 from vtpm.tpm.types import VtpmId
@@ -76,6 +77,7 @@ class KeeperService:
             "measure_launch": self._measure_launch,
             "launches": lambda _args, _peer: self._launches(),
             "new_recovery_key": lambda _args, _peer: RecoveryText(custody.new_recovery_key().to_text()),
+            "confirm_recovery_key": self._confirm_recovery_key,
             "recovery_public_key": self._recovery_public_key,
             "recover": self._recover,
         }
@@ -145,6 +147,10 @@ class KeeperService:
         self._custody.drop(args.label)
         _log.warning("process %d had PCR set %r dropped", peer.pid, args.label)
         return self._policy()
+
+    def _confirm_recovery_key(self, args: RecoveryText, _peer: Peer) -> NoArgs:
+        self._custody.confirm_recovery_key(RecoveryPublicKey.from_text(args.text))
+        return NoArgs()
 
     def _recovery_public_key(self, _args: NoArgs, _peer: Peer) -> RecoveryText:
         key = self._custody.recovery_public_key()
@@ -216,6 +222,11 @@ class KeeperService:
             found = _zero_warnings(root) if root else []
             if self._custody.resets:
                 found.append(f"the platform TPM was reset under this host, {self._custody.resets} times")
+        if self._custody.unconfirmed_recovery:
+            found.append(
+                "a recovery key was made and nobody confirmed to have it: until vtpm recovery-key makes another,"
+                " it opens the vault as well"
+            )
         if root is not None and str(root.opened_by.selection) != self._selection:
             found.append(f"the root key stays sealed under PCRs {root.opened_by.selection}, not {self._selection}")
         return tuple(found)

@@ -21,6 +21,7 @@ from vtpm.wire.api import (
     AllowPcrs,
     ApiError,
     AuditEvent,
+    ConfirmRecoveryKey,
     CreateVtpm,
     ExportedVtpm,
     ExportVtpm,
@@ -207,6 +208,10 @@ def make_app(
     @app.post("/v1/recovery-key", status_code=201, dependencies=vault)
     async def recovery_key(who: By) -> NewRecoveryKey:
         return await platform.new_recovery_key(who)
+
+    @app.post("/v1/recovery-key/confirm", status_code=204, dependencies=vault)
+    async def confirm_recovery_key(given: ConfirmRecoveryKey, who: By) -> None:
+        await platform.confirm_recovery_key(given, who)
 
     @app.post("/v1/recover")
     async def recover(given: RecoveryKeyText, who: By) -> Status:

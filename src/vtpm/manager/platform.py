@@ -6,14 +6,16 @@ Each change leaves an audit event. Keys pass through here and are kept nowhere. 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 
+from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
-from vtpm.recovery_key import RecoveryKey
+from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.vault.records import Event
-from vtpm.wire.api import AllowPcrs, NewRecoveryKey, PcrSet, Policy, RecoveryKeyText
+from vtpm.wire.api import AllowPcrs, ConfirmRecoveryKey, NewRecoveryKey, PcrSet, Policy, RecoveryKeyText
 from vtpm.wire.keeper import KeeperClient, PolicyState
 
 
@@ -44,25 +46,33 @@ class PlatformService:
     async def allow(self, wanted: AllowPcrs, caller: Caller) -> Policy:
         """Have the root key open under further PCR values."""
         caller.require_admin("change the root key's policy")
-        state = await asyncio.to_thread(self._keeper.policy_allow, wanted.label, tuple(wanted.values))
-        await self._note(_event(caller, "policy_allowed", label=wanted.label, values=" ".join(wanted.values)))
-        return _policy(state)
+        detail = {"label": wanted.label, "values": " ".join(wanted.values)}
+        async with self._noted(caller, "policy_allow", "policy_allowed", **detail):
+            return _policy(await asyncio.to_thread(self._keeper.policy_allow, wanted.label, tuple(wanted.values)))
 
     async def drop(self, label: str, caller: Caller) -> Policy:
         """Have the root key open under these PCR values no more."""
         caller.require_admin("change the root key's policy")
-        state = await asyncio.to_thread(self._keeper.policy_drop, label)
-        await self._note(_event(caller, "policy_dropped", label=label))
-        return _policy(state)
+        async with self._noted(caller, "policy_drop", "policy_dropped", label=label):
+            return _policy(await asyncio.to_thread(self._keeper.policy_drop, label))
 
     async def new_recovery_key(self, caller: Caller) -> NewRecoveryKey:
-        """Make a recovery key in place of an earlier one."""
+        """Make a recovery key; one that was made before counts until this one is confirmed."""
         caller.require_admin("make a recovery key")
-        # Before it is made: what fails after that loses a key that nobody has seen, and the one before it too.
+        # Before it is made: there is none of which the audit log does not know.
         await self._note(_event(caller, "recovery_key_made"))
         text = await asyncio.to_thread(self._keeper.new_recovery_key)
         public = RecoveryKey.from_text(text).public
         return NewRecoveryKey(text, public.to_text(), public.fingerprint)
+
+    async def confirm_recovery_key(self, given: ConfirmRecoveryKey, caller: Caller) -> None:
+        """Let the recovery key that was made last count, and no other: somebody has it."""
+        caller.require_admin("confirm a recovery key")
+        public = RecoveryPublicKey.from_text(given.public_key)
+        async with self._noted(
+            caller, "recovery_key_confirm", "recovery_key_confirmed", fingerprint=public.fingerprint
+        ):
+            await asyncio.to_thread(self._keeper.confirm_recovery_key, public.to_text())
 
     async def recover(self, given: RecoveryKeyText, caller: Caller) -> None:
         """Open the vault by the recovery key, on the platform as it is now."""
@@ -71,6 +81,25 @@ class PlatformService:
         # Only if the anchor went with the TPM is the store taken for the newest, and notes that itself.
         await self._accept(None if anchor_kept else _event(caller, "store_accepted"))
         await self._note(_event(caller, "recovered"))
+
+    @contextlib.asynccontextmanager
+    async def _noted(self, caller: Caller, what: str, done: str, **detail: str) -> AsyncIterator[None]:
+        """Note a change of the keeper's before it is asked for and after: no end of the manager leaves it out.
+
+        An intent without an outcome says that the manager died meanwhile. As after a failure for want of an answer, the
+        change may be made then.
+
+        Args:
+            what: the intent is `{what}_asked`, a failure `{what}_failed`.
+            done: the word for the change that was made.
+        """
+        await self._note(_event(caller, f"{what}_asked", **detail))
+        try:
+            yield
+        except VtpmError as error:
+            await self._note(_event(caller, f"{what}_failed", **detail, why=error.message))
+            raise
+        await self._note(_event(caller, done, **detail))
 
 
 def _policy(state: PolicyState) -> Policy:

@@ -21,7 +21,8 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     POST   /v1/images                    AllowImage -> AllowedImage (201)
     POST   /v1/images/retire             RetireImage -> Image
     GET    /v1/launches                  Launches: what was launched in this boot
-    POST   /v1/recovery-key              NewRecoveryKey (201); replaces an earlier recovery key
+    POST   /v1/recovery-key              NewRecoveryKey (201); an earlier recovery key counts until this is confirmed
+    POST   /v1/recovery-key/confirm      ConfirmRecoveryKey (204)
     POST   /v1/recover                   RecoveryKeyText -> Status
     POST   /v1/shutdown                  ShutDown (services end after the reply)
 """
@@ -254,6 +255,13 @@ class NewRecoveryKey:
     recovery_key: str = field(repr=False)
     public_key: str
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class ConfirmRecoveryKey:
+    """The text of the public half of a recovery key whose private half somebody has."""
+
+    public_key: str
 
 
 @dataclass(frozen=True)

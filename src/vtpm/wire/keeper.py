@@ -261,6 +261,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "measure_launch": Operation(args=LaunchArgs, result=NoArgs),
     "launches": Operation(args=NoArgs, result=LaunchState),
     "new_recovery_key": Operation(args=NoArgs, result=RecoveryText),
+    "confirm_recovery_key": Operation(args=RecoveryText, result=NoArgs),
     "recovery_public_key": Operation(args=NoArgs, result=RecoveryText),
     "recover": Operation(args=RecoveryText, result=Recovered),
     "end": Operation(args=NoArgs, result=NoArgs),
@@ -418,9 +419,21 @@ class KeeperClient:
         return state
 
     def new_recovery_key(self) -> str:
-        """Make a recovery key, escrow the root key to it in place of an earlier one, and return its text."""
+        """Make a recovery key, escrow the root key to it, and return its text. One made before opens it too, until this
+        one is confirmed.
+        """
         made: RecoveryText = self._call("new_recovery_key", NoArgs())
         return made.text
+
+    def confirm_recovery_key(self, public_key: str) -> None:
+        """Say that somebody has the recovery key that was made last, so that one made before counts no more.
+
+        Args:
+            public_key: text of its public half.
+        Raises:
+            NotFoundError: it is not the one that was made last.
+        """
+        self._call("confirm_recovery_key", RecoveryText(public_key))
 
     def recovery_public_key(self) -> str:
         """Return the text of the recovery key's public half; empty when none was made, or none is kept.

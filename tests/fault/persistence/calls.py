@@ -49,8 +49,8 @@ _OF_PATH = re.compile(r'^(?:AT_FDCWD(?:<[^>]*>)?, )?"(?P<path>[^"]*)"')
 _END = re.compile(r"^(?P<thread>\d+)<[^>]*> .*\) += -?\d")
 _ATTACHED = re.compile(rb"Process \d+ attached")
 _PROGRAMS = {"vtpm-managerd": "manager", "vtpm-keeper": "keeper", "vtpm-embedded-t": "embedded TPM"}
-# Neither state nor lasting: what says who runs, what is told to a reader, an index and a view that are made anew at each
-# opening.
+# Neither state nor lasting: what says who runs, what is told to a reader, an index and a view that are made anew at
+# each opening.
 _NO_STATE = re.compile(r"\.(log|lock)$|^log(/|$)|-shm$|vtpm\.db\.check")
 
 

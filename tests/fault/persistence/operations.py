@@ -119,7 +119,9 @@ class Operations:
 
     def _make_recovery_key(self, client: ManagerClient) -> None:
         self._recovery = None
-        self._recovery = client.new_recovery_key().fingerprint
+        made = client.new_recovery_key()
+        client.confirm_recovery_key(made.public_key)
+        self._recovery = made.fingerprint
 
 
 def _check_names(wanted: Mapping[str, bool], found: set[str]) -> None:

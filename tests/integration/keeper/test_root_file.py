@@ -24,6 +24,7 @@ from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import SealedBlob
+from vtpm.recovery_key import RecoveryKey
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.keeper import AnchorState, KeeperClient
 
@@ -52,6 +53,7 @@ def check_locked(client: KeeperClient, why: str) -> None:
         client.policy,
         lambda: client.policy_drop("set-up"),
         client.new_recovery_key,
+        lambda: client.confirm_recovery_key(RecoveryKey.generate().public.to_text()),
         client.recovery_public_key,
     ):
         with pytest.raises((PlatformTpmError, StateError), match=re.escape(why)):

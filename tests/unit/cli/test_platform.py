@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli.conftest import Cli
+from tests.unit.cli.conftest import Cli, finish, start_program
 from tests.unit.client.canned_manager import FINGERPRINT, PCR_0, PCR_7, PUBLIC_KEY, RECOVERY_KEY, STATUS, CannedManager
+from vtpm.cli.files import NewFile
+from vtpm.errors import StoreError
 from vtpm.measurement.record import predict
 from vtpm.tpm import authenticode
 from vtpm.tpm.event_log import parse_event_log
@@ -68,6 +70,7 @@ def test_recovery_key_is_shown_once_or_written_to_a_new_file(cli: Cli, manager: 
     shown = cli("recovery-key", "--json")
     made = {"recovery_key": RECOVERY_KEY, "public_key": PUBLIC_KEY, "fingerprint": FINGERPRINT}
     assert json.loads(shown.out) == made
+    assert manager.confirmed == PUBLIC_KEY
     shown = cli("recovery-key")
     # As it is to be written down, row by row.
     assert shown.out == f"{RECOVERY_KEY}\n"
@@ -86,6 +89,29 @@ def test_recovery_key_is_shown_once_or_written_to_a_new_file(cli: Cli, manager: 
     manager.fail_with("platform_tpm")
     assert cli("recovery-key", "--output", str(tmp_path / "other"), "--yes").status == 7
     assert [path.name for path in tmp_path.iterdir() if "other" in path.name] == []
+
+
+def test_recovery_key_is_not_confirmed_when_its_reader_is_gone(manager: CannedManager) -> None:
+    for words in (("recovery-key",), ("recovery-key", "--json")):
+        program = start_program(*words)
+        assert program.stdout is not None
+        program.stdout.close()
+        program.stdout = None
+        assert finish(program).status == 1
+        assert "POST /v1/recovery-key" in manager.methods()
+        assert manager.confirmed == ""
+
+
+def test_recovery_key_is_not_confirmed_when_it_cannot_be_written(
+    cli: Cli, manager: CannedManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: NewFile, data: bytes) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(NewFile, "fill", fail)
+    assert cli("recovery-key", "--output", str(tmp_path / "key")).status == StoreError.exit_status
+    assert "POST /v1/recovery-key" in manager.methods()
+    assert manager.confirmed == ""
 
 
 def test_recovery_key_stays_when_there_is_one_and_nobody_can_be_asked(cli: Cli, manager: CannedManager) -> None:

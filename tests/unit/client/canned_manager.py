@@ -133,6 +133,7 @@ class CannedManager:
     events: list[AuditEvent] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     answer: tuple[int, bytes, int] | None = None
+    confirmed: str = ""
     control_socket: str = RUNNING.control_socket
     after_looks: dict[str, tuple[int, Vtpm]] = field(default_factory=dict)
     """What a vTPM becomes once it has been looked at so often."""
@@ -209,6 +210,9 @@ class CannedManager:
                 return 200, self.launches
             case ["POST", "recovery-key"]:
                 return 201, NewRecoveryKey(RECOVERY_KEY, PUBLIC_KEY, FINGERPRINT)
+            case ["POST", "recovery-key", "confirm"]:
+                self.confirmed = body["public_key"]
+                return 204, None
             case ["POST", "recover"]:
                 self.recovered_with = body["recovery_key"]
                 return 200, self.status
