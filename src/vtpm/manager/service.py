@@ -29,7 +29,7 @@ from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.running import Running, event_of
 from vtpm.manager.storage import Storage, VaultDoor
-from vtpm.tpm.types import Startup, VtpmId
+from vtpm.tpm.types import InstanceId, Startup, VtpmId
 from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
@@ -90,6 +90,10 @@ class ManagerService:
         self._locks: dict[VtpmId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._states: dict[VtpmId, LifeState] = {}
+        # What the launcher says of one vTPM is followed in the order in which it says it, however slow the store is.
+        self._turns: dict[VtpmId, asyncio.Lock] = {}
+        # Instances that died before this manager, which has just begun, followed their vTPMs.
+        self._died_early: set[InstanceId] = set()
         self._closing = False
 
     # -- start and end of the manager -------------------------------------------------------------------------------
@@ -133,6 +137,7 @@ class ManagerService:
         # At the same time, for the saves of each wait until its own instance is taken up.
         ends = await asyncio.gather(*(self._take_up_or_end(vtpm_id, records.get(vtpm_id)) for vtpm_id in alive))
         why = dict(zip(alive, ends, strict=True))
+        self._died_early.clear()
         for record in records.values():
             if record.id in self.running:
                 continue
@@ -153,21 +158,31 @@ class ManagerService:
         return how
 
     async def _take_up(self, record: VtpmRecord) -> None:
+        key = await self.key(record)
+        info, link_socket = await self._attach(record, key, record.instance_id)
+        while info.instance_id in self._died_early:
+            # Its successor's link was refused, for nobody followed the vTPM yet; see _on_replaced.
+            link_socket.close()
+            self.door.vault.close_vtpm(record.id)
+            info, link_socket = await self._attach(record, key, info.instance_id)
+        self._states[record.id] = LifeState(record.lifecycle)
+        self._spawn(self._confirm(self._follow(record, info, link_socket)))
+
+    async def _attach(
+        self, record: VtpmRecord, key: bytes, bound: InstanceId | None
+    ) -> tuple[InstanceInfo, socket.socket]:
+        """Get the instance that runs, and give it the vTPM's state in the place of the one that is bound to it."""
         info, fds = await self.launcher.call("attach", VtpmArgs(record.id))
         link_socket = _one_socket(fds)
         try:
             await self.images.check_taken_up(record, info)
-            key = await self.key(record)
-            if record.instance_id != info.instance_id:
-                await self._store(
-                    lambda store: store.bind_instance(record.id, info.instance_id, replaces=record.instance_id)
-                )
+            if bound != info.instance_id:
+                await self._store(lambda store: store.bind_instance(record.id, info.instance_id, replaces=bound))
             await asyncio.to_thread(self.door.vault.open_vtpm, record.id, key)
         except BaseException:
             link_socket.close()
             raise
-        self._states[record.id] = LifeState(record.lifecycle)
-        self._spawn(self._confirm(self._follow(record, info, link_socket)))
+        return info, link_socket
 
     async def _confirm(self, running: Running) -> None:
         """End an instance that was taken up and does not answer. Nobody else waits for it."""
@@ -283,6 +298,7 @@ class ManagerService:
             await self._store(lambda store: store.delete_vtpm(record.id, event=event))
             self._states.pop(record.id, None)
         self._locks.pop(record.id, None)
+        self._turns.pop(record.id, None)
         await self.audit.came()
 
     async def shut_down(self, caller: Caller) -> ShutDown:
@@ -389,7 +405,9 @@ class ManagerService:
             await self._settle_end(self.running.get(record.id, running), "it did not shut down in order")
             # Whoever settles its end, the vTPM is stopped when this returns.
             await running.ended.wait()
-        await self.audit.append(event_of(caller.uid, "stopped", record))
+            await self.audit.append(event_of(caller.uid, "killed", record, why=error))
+        else:
+            await self.audit.append(event_of(caller.uid, "stopped", record))
 
     async def _end_instance(self, vtpm_id: VtpmId) -> None:
         try:
@@ -418,21 +436,32 @@ class ManagerService:
     # -- what happens by itself -------------------------------------------------------------------------------------
     def _on_launcher_event(self, event: str, args: Any, fds: tuple[int, ...]) -> None:
         if isinstance(args, Replaced) and len(fds) == 1:
-            self._spawn(self._on_replaced(args, _one_socket(fds)))
+            self._spawn(self._in_turn(args.instance.vtpm_id, self._on_replaced(args, _one_socket(fds))))
         elif isinstance(args, Ended):
             close_fds(fds)
-            running = self.running.get(args.vtpm_id)
-            if running is not None and running.info.instance_id == args.instance_id:
-                self._spawn(self._settle_end(running, args.how))
+            self._spawn(self._in_turn(args.vtpm_id, self._on_ended(args)))
         else:
             close_fds(fds)
+
+    async def _in_turn(self, vtpm_id: VtpmId, work: Coroutine[Any, Any, None]) -> None:
+        # A lock of asyncio's is given in the order in which it was asked for.
+        async with self._turns.setdefault(vtpm_id, asyncio.Lock()):
+            await work
+
+    async def _on_ended(self, args: Ended) -> None:
+        running = self.running.get(args.vtpm_id)
+        if running is not None and running.info.instance_id == args.instance_id:
+            await self._settle_end(running, args.how)
 
     async def _on_replaced(self, args: Replaced, link_socket: socket.socket) -> None:
         info = args.instance
         running = self.running.get(info.vtpm_id)
         not_yet = running is None and info.vtpm_id not in self._states
         if not_yet or (running is not None and running.info.instance_id == info.instance_id):
-            # A manager that has just begun: `attach` gives it the successor, or has given it already.
+            # A manager that has just begun: `attach` gives it the successor, or has given it already; and if it has
+            # given the dead one, it is asked again.
+            if not_yet:
+                self._died_early.add(args.dead_instance_id)
             link_socket.close()
             return
         if running is None or running.info.instance_id != args.dead_instance_id:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 from uuid import uuid4
 
 import pytest
 
-from tests.unit.vault.world import MAC_KEY, MemoryKeeper
+from tests.unit.vault.world import KEY, MAC_KEY, Gate, MemoryKeeper
+from vtpm.errors import StateError
+from vtpm.manager.access import Caller
 from vtpm.manager.running import Running
 from vtpm.manager.service import ManagerService
 from vtpm.manager.storage import Storage
@@ -27,7 +29,8 @@ from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.vault import Vault
 from vtpm.wire.api import LifeState, MeasuredServices
-from vtpm.wire.launcher import InstanceInfo, Instances, NoArgs, Replaced, VtpmArgs
+from vtpm.wire.launcher import Ended, InstanceInfo, Instances, NoArgs, Replaced, VtpmArgs
+from vtpm.wire.manager_link import ShutdownMode
 
 pytestmark = pytest.mark.timeout(30)
 RECORD = VtpmRecord(
@@ -44,6 +47,7 @@ RECORD = VtpmRecord(
 )
 DEAD = InstanceInfo(RECORD.id, InstanceId(uuid4()), "web1", 1000, "00" * 32, 1, "/c", "/d", ())
 SUCCESSOR = replace(DEAD, instance_id=InstanceId(uuid4()), pid=1001)
+THIRD = replace(DEAD, instance_id=InstanceId(uuid4()), pid=1002)
 
 
 class _Launcher:
@@ -51,12 +55,17 @@ class _Launcher:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, object]] = []
+        self.alive: dict[VtpmId, list[tuple[InstanceInfo, socket.socket]]] = {}
+        """What `attach` gives, one after the other."""
 
     async def call(self, op: str, args: object, timeout_s: float = 10.0) -> tuple[Any, tuple[int, ...]]:
         assert timeout_s > 0
         if op == "list":
-            return Instances(()), ()
+            return Instances(tuple(self.alive)), ()
         self.asked.append((op, args))
+        if op == "attach":
+            info, link = self.alive[RECORD.id].pop(0)
+            return info, (link.detach(),)
         return NoArgs(), ()
 
 
@@ -73,6 +82,9 @@ def _run(folder: Path, test: Callable[[ManagerService, _Launcher], Awaitable[Non
         service.launcher = launcher  # type: ignore[assignment]
         try:
             await service.door.open()
+            # After the opening, which would find that nothing runs.
+            await service.door.run(lambda store: store.create_vtpm(RECORD))
+            await service.door.run(lambda store: store.bind_instance(RECORD.id, DEAD.instance_id))
             await test(service, launcher)
         finally:
             await service.door.close()
@@ -131,5 +143,96 @@ def test_the_successor_is_ended_when_it_is_of_another_image(tmp_path: Path) -> N
         assert launcher.asked == [("stop", VtpmArgs(RECORD.id))]
         assert running.ended.is_set()
         assert service.running == {}
+
+    _run(tmp_path, test)
+
+
+def _tell(service: ManagerService, links: list[socket.socket], dead: InstanceInfo, successor: InstanceInfo) -> None:
+    """As the launcher says it; the instance's end of the successor's link is appended to `links`."""
+    ours, theirs = socket.socketpair()
+    links.append(theirs)
+    args = Replaced(dead.instance_id, "signal SIGSEGV", successor)
+    service._on_launcher_event("replaced", args, (ours.detach(),))
+
+
+def _let_go(service: ManagerService, links: list[socket.socket]) -> None:
+    for running in service.running.values():
+        running.link.close()
+    service.running.clear()
+    for link in links:
+        link.close()
+
+
+def test_the_last_successor_is_followed_when_two_die_within_one_slow_write_of_the_store(tmp_path: Path) -> None:
+    async def test(service: ManagerService, launcher: _Launcher) -> None:
+        assert service.door._storage is not None
+        committer = service.door._storage.committer
+        service._states[RECORD.id] = LifeState.RUNNING
+        service.running[RECORD.id] = Running(RECORD, DEAD, Mock())
+        links: list[socket.socket] = []
+        gate = Gate(committer)
+        _tell(service, links, DEAD, SUCCESSOR)
+        _tell(service, links, SUCCESSOR, THIRD)
+        for _ in range(20):
+            # Both have begun; what they can do without the store they have done.
+            await asyncio.sleep(0)
+        gate.open()
+        await asyncio.wait(service._tasks)
+        assert launcher.asked == []
+        assert service.running[RECORD.id].info == THIRD
+        assert service._states[RECORD.id] is LifeState.FAILED
+        bound = await service.door.run(lambda store: store.get_vtpm(RECORD.id))
+        assert bound.instance_id == THIRD.instance_id
+        _let_go(service, links)
+
+    _run(tmp_path, test)
+
+
+def test_the_successor_is_attached_to_when_an_instance_dies_while_it_is_taken_up(tmp_path: Path) -> None:
+    async def test(service: ManagerService, launcher: _Launcher) -> None:
+        pairs = [socket.socketpair() for _ in range(2)]
+        links = [theirs for _, theirs in pairs]
+        launcher.alive[RECORD.id] = [(DEAD, pairs[0][0]), (SUCCESSOR, pairs[1][0])]
+        attach = service._attach
+
+        async def attach_and_die(
+            record: VtpmRecord, key: bytes, bound: InstanceId | None
+        ) -> tuple[InstanceInfo, socket.socket]:
+            given = await attach(record, key, bound)
+            if given[0] == DEAD:
+                _tell(service, links, DEAD, SUCCESSOR)
+                await asyncio.wait({task for task in service._tasks if task is not asyncio.current_task()})
+            return given
+
+        service._attach = attach_and_die  # type: ignore[method-assign]
+        service.key = AsyncMock(return_value=KEY)  # type: ignore[method-assign]
+        await service._reconcile()
+        assert launcher.asked == [("attach", VtpmArgs(RECORD.id))] * 2
+        assert service.running[RECORD.id].info == SUCCESSOR
+        bound = await service.door.run(lambda store: store.get_vtpm(RECORD.id))
+        assert bound.instance_id == SUCCESSOR.instance_id
+        _let_go(service, links)
+
+    _run(tmp_path, test)
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_the_audit_log_says_killed_when_an_orderly_stop_failed(tmp_path: Path, orderly: bool) -> None:
+    async def test(service: ManagerService, launcher: _Launcher) -> None:
+        service._states[RECORD.id] = LifeState.RUNNING
+        link = Mock()
+        link.shut_down = AsyncMock(side_effect=None if orderly else StateError("shutdown of web1 failed"))
+        running = Running(RECORD, DEAD, link)
+        service.running[RECORD.id] = running
+        if orderly:
+            service._spawn(service._in_turn(RECORD.id, service._on_ended(Ended(RECORD.id, DEAD.instance_id, "exit"))))
+        stop = service._stop_locked(RECORD, running, Caller(0, 0, is_admin=True), ShutdownMode.ORDERLY)
+        await stop
+        (event,) = await service.door.run(lambda store: store.list_events())
+        if orderly:
+            assert (event.kind, launcher.asked) == ("stopped", [])
+        else:
+            assert (event.kind, launcher.asked) == ("killed", [("stop", VtpmArgs(RECORD.id))])
+            assert "shutdown of web1 failed" in event.detail
 
     _run(tmp_path, test)
