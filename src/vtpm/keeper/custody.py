@@ -7,10 +7,11 @@ callers run it in threads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +33,8 @@ from vtpm.secret import KEY_BYTES, Secret
 from vtpm.tpm.launch_log import Launch
 from vtpm.wire.keeper import PcrState
 
+BUSY_S = 5.0
+"""How long a call waits for the one before it: no longer than whoever asks for a write of the anchor waits."""
 RETRY_S = 2.0
 """How long a lock is taken as it is before the platform TPM is asked again."""
 _ANCHOR_KEY_LABEL = b"vtpm vault anchor key"
@@ -76,7 +79,7 @@ class Custody:
         Raises:
             VtpmError: there is no root key yet, and none can be made.
         """
-        with self._busy:
+        with self._alone():
             if not has_root_file(self._state_dir) and not escrow.exists(self._state_dir):
                 self._open()
                 return
@@ -172,17 +175,17 @@ class Custody:
 
     def recovery_public_key(self) -> RecoveryPublicKey | None:
         """Return the public half of the recovery key, None where it is not kept. Raises as escrow.public_key."""
-        with self._busy:
+        with self._alone():
             return escrow.public_key(self._state_dir, self.root.secret)
 
     def new_recovery_key(self) -> RecoveryKey:
         """Make a recovery key; one that was made before counts until it is confirmed. Raises StoreError."""
-        with self._busy:
+        with self._alone():
             return escrow.make_recovery_key(self._state_dir, self.root.secret)
 
     def confirm_recovery_key(self, public: RecoveryPublicKey) -> None:
         """Let the recovery key that was made last count, and no other. Raises as escrow.confirm_recovery_key."""
-        with self._busy:
+        with self._alone():
             escrow.confirm_recovery_key(self._state_dir, self.root.secret, public)
 
     @property
@@ -204,7 +207,7 @@ class Custody:
             StoreError: the new root file is not durable.
         """
         key = RecoveryKey.from_text(text)
-        with self._busy:
+        with self._alone():
             secret = escrow.open_escrow(self._state_dir, key)
             if self._root is None:
                 self._disconnect()
@@ -351,13 +354,30 @@ class Custody:
             return str(error)
         return ""
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have the TPM to oneself; so many calls of a TPM that hangs end soon, and one is left behind.
+
+        Raises:
+            PlatformTpmError: another call has it for longer than BUSY_S.
+        """
+        if not self._busy.acquire(timeout=BUSY_S):
+            raise PlatformTpmError(
+                f"the platform TPM {self._platform.tcti!r} does not answer: an earlier call waits for it",
+                next_step="Check that nothing else holds it, or start it again",
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     def _ask(self, call: Callable[[PlatformTpm], T]) -> T:
         """Have the TPM do something for an open root key; once more if it has gone and is back."""
         _ = self.root
         return self._ask_any(call)
 
     def _ask_any(self, call: Callable[[PlatformTpm], T]) -> T:
-        with self._busy:
+        with self._alone():
             if self._tpm is not None:
                 try:
                     return self._counted(call, self._tpm)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vtpm.errors import AccessDeniedError, ProtocolError, UsageError
+from vtpm.errors import AccessDeniedError, ProtocolError, UsageError, VtpmError
 from vtpm.keeper import wrapping
 from vtpm.keeper.custody import Custody
 from vtpm.keeper.platforms import Platform
@@ -20,6 +20,7 @@ from vtpm.recovery_key import RecoveryPublicKey
 from vtpm.secret import KEY_BYTES, Secret
 from vtpm.tpm.launch_log import Gap, Launch
 from vtpm.tpm.types import VtpmId
+from vtpm.wire.call_threads import CallThreads, SharedCall
 from vtpm.wire.keeper import (
     AnchorState,
     KeeperStatus,
@@ -42,7 +43,9 @@ from vtpm.wire.keeper import (
 )
 from vtpm.wire.packet_socket import Peer, close_fds
 
-PROBE_TIMEOUT_S = 3.0
+PROBE_TIMEOUT_S = 1.0
+TPM_THREADS = 4
+"""For calls that wait for the platform TPM; while it hangs, each is given up before long (custody.BUSY_S)."""
 _LAST_REPLY_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -64,7 +67,8 @@ class KeeperService:
         self._platform = platform
         self._custody = custody
         self._selection = selection
-        self._probing: asyncio.Task[str] | None = None
+        self._threads = CallThreads("tpm", TPM_THREADS)
+        self._looking: SharedCall[str] = SharedCall(lambda: self._threads.run(self._look), "the platform TPM")
         self._blocking: Mapping[str, Callable[[Any, Peer], Any]] = {
             "anchor_key": lambda _args, _peer: Key(custody.anchor_key().reveal()),
             "read_anchor": self._read_anchor,
@@ -92,8 +96,8 @@ class KeeperService:
         if fds:
             close_fds(fds)
             raise ProtocolError(f"vtpm-keeper takes no descriptors with {op!r}")
-        if self._custody.locked is not None and op != "end":
-            await asyncio.to_thread(self._custody.try_again)
+        if self._custody.locked is not None and op not in ("status", "end"):
+            await self._threads.run(self._custody.try_again)
         match op, args:
             case "status", NoArgs():
                 return await self._status(), ()
@@ -111,7 +115,7 @@ class KeeperService:
                 return Key(key.reveal()), ()
         if op not in self._blocking:
             raise ProtocolError(f"vtpm-keeper does not do {op!r}")
-        return await asyncio.to_thread(self._blocking[op], args, peer), ()
+        return await self._threads.run(self._blocking[op], args, peer), ()
 
     def _new_key(self, vtpm_id: VtpmId) -> NewKey:
         key = Secret(os.urandom(KEY_BYTES))
@@ -207,12 +211,15 @@ class KeeperService:
 
     async def _probe(self) -> str:
         """Return why the platform TPM does not answer now, or nothing."""
-        if self._probing is None or self._probing.done():
-            self._probing = asyncio.create_task(asyncio.to_thread(self._custody.probe))
         try:
-            return await asyncio.wait_for(asyncio.shield(self._probing), PROBE_TIMEOUT_S)
-        except TimeoutError:
-            return f"the platform TPM does not answer within {PROBE_TIMEOUT_S:g} s"
+            return await self._looking.within(PROBE_TIMEOUT_S)
+        except VtpmError as error:
+            return error.message
+
+    def _look(self) -> str:
+        if self._custody.locked is not None:
+            self._custody.try_again()
+        return self._custody.probe()
 
     def _warnings(self) -> tuple[str, ...]:
         root = self._custody.root if self._custody.locked is None else None

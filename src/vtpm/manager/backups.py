@@ -28,6 +28,7 @@ from vtpm.vault.contents import Contents, begin, carried, open_all
 from vtpm.vault.passphrase import Passphrase
 from vtpm.vault.records import DomainKind, Event, PermitState, SavedState, VtpmRecord, valid_name
 from vtpm.wire.api import ExportedVtpm, ExportVtpm, ImportBackup, ImportSwtpm, Vtpm
+from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper import KeeperClient
 
 MAX_SOURCE_CHARS = 4096
@@ -37,12 +38,14 @@ class BackupService:
     """See the module.
 
     Args:
-        keeper: asked in a thread, for it blocks.
+        keeper: asked in one of the threads, for it blocks and may hang.
+        threads: of these calls alone.
         vtpms: whose vTPMs these are.
     """
 
-    def __init__(self, keeper: KeeperClient, vtpms: ManagerService) -> None:
+    def __init__(self, keeper: KeeperClient, threads: CallThreads, vtpms: ManagerService) -> None:
         self._keeper = keeper
+        self._threads = threads
         self._vtpms = vtpms
         # scrypt takes 128 MiB and more: what all together take is bounded by doing one at a time.
         self._one_at_a_time = asyncio.Lock()
@@ -132,7 +135,7 @@ class BackupService:
         return await self._add(record, Contents(carried(wanted.tpm_version, states)), event)
 
     async def _add(self, record: VtpmRecord, contents: Contents, event: Event) -> Vtpm:
-        new_key = await asyncio.to_thread(self._keeper.new_key, record.id)
+        new_key = await self._threads.run(self._keeper.new_key, record.id)
         keyed = replace(record, wrapped_key=new_key.wrapped)
         begun, states = await asyncio.to_thread(begin, keyed, Secret(new_key.key), contents)
         return await self._vtpms.add(begun, states, event)
@@ -144,7 +147,7 @@ class BackupService:
             return Passphrase(wanted.passphrase)
         text = wanted.recovery_key
         if text is None:
-            text = await asyncio.to_thread(self._keeper.recovery_public_key)
+            text = await self._threads.run(self._keeper.recovery_public_key)
             if not text:
                 raise UsageError(
                     "this host knows no recovery key that the backup could be sealed to",

@@ -28,6 +28,7 @@ from vtpm.manager.storage import Storage, anchor_policy, open_storage
 from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import Event
 from vtpm.wire.api import MANAGER_SOCKET
+from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
 from vtpm.wire.keeper import KeeperClient
 from vtpm.wire.packet_socket import ServiceLock
@@ -84,9 +85,9 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
             shut_down.set()
             ending.set()
 
-        keeper = KeeperClient(config.run_dir)
-        platform = PlatformService(keeper, service.audit.append, service.door.open)
-        backups = BackupService(keeper, service)
+        keeper, threads = KeeperClient(config.run_dir), CallThreads("keeper-admin", 1)
+        platform = PlatformService(keeper, threads, service.audit.append, service.door.open)
+        backups = BackupService(keeper, threads, service)
         server = http_server.ApiServer(api.make_app(service, platform, backups, caller_of, end_all))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         serving.add_done_callback(lambda _: ending.set())

@@ -23,6 +23,7 @@ import vtpm.manager.describe as describe
 from vtpm.errors import ConflictError, NotFoundError, StateError, UnavailableError, UsageError, VtpmError
 from vtpm.manager.access import Caller, may_create, require_owner, sees
 from vtpm.manager.audit_log import AuditLog
+from vtpm.manager.health import Health
 from vtpm.manager.images import ImageService
 from vtpm.manager.instance_link import InstanceLink
 from vtpm.manager.launcher_link import LauncherLink
@@ -34,11 +35,11 @@ from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
 from vtpm.wire.api import CreateVtpm, LifeState, Lockout, MeasuredServices, ShutDown, Status, Vtpm
-from vtpm.wire.keeper import KeeperClient, KeeperStatus
+from vtpm.wire.call_threads import CallThreads
+from vtpm.wire.keeper import KeeperClient
 from vtpm.wire.launcher import (
     Ended,
     InstanceInfo,
-    LauncherStatus,
     NoArgs,
     Replaced,
     StartArgs,
@@ -86,6 +87,9 @@ class ManagerService:
         self.door = VaultDoor(open_storage, self._reconcile)
         self.audit = AuditLog(self.door)
         self._keeper = KeeperClient(run_dir, timeout_s=KEEPER_TIMEOUT_S)
+        # One: calls of one client go one after the other anyway.
+        self._keeper_threads = CallThreads("keeper", 1)
+        self._health = Health(run_dir, self.door, self.launcher)
         self.images = ImageService(lambda: self.launcher, self._keeper, self.door, self.audit, self.running, new_images)
         self._locks: dict[VtpmId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -120,6 +124,8 @@ class ManagerService:
         for running in list(self.running.values()):
             running.link.close()
         self.launcher.close()
+        self._keeper_threads.close()
+        self._health.close()
         await self.door.close()
 
     async def _on_launcher_gone(self) -> None:
@@ -210,7 +216,7 @@ class ManagerService:
                 next_step=f"Use --domain {' or '.join(launcher.domains)}",
             )
         vtpm_id = VtpmId(uuid4())
-        new_key = await asyncio.to_thread(self._keeper.new_key, vtpm_id)
+        new_key = await self._keeper_threads.run(self._keeper.new_key, vtpm_id)
         record = VtpmRecord(
             id=vtpm_id,
             name=name,
@@ -329,29 +335,15 @@ class ManagerService:
         except VtpmError as error:
             _log.error("the launcher was not ended: %s", error)
         try:
-            await asyncio.to_thread(self._keeper.end)
+            await self._keeper_threads.run(self._keeper.end)
         except VtpmError as error:
             _log.error("the keeper was not ended: %s", error)
 
     async def status(self, caller: Caller) -> Status:
-        """Say how the host's services are; also when the vault does not open."""
-        trouble: VtpmError | None = None
-        records: Sequence[VtpmRecord] = ()
-        try:
-            await self.door.opened()
-            records = [record for record in await self._store(lambda store: store.list_vtpms()) if sees(caller, record)]
-        except VtpmError as error:
-            trouble = error
-        keeper: KeeperStatus | VtpmError
-        launcher: LauncherStatus | VtpmError
-        try:
-            keeper = await asyncio.to_thread(self._keeper.status)
-        except VtpmError as error:
-            keeper = error
-        try:
-            launcher = (await self.launcher.call("status", NoArgs()))[0]
-        except VtpmError as error:
-            launcher = error
+        """Say how the host's services are, soon; also when the vault does not open, or one of them hangs."""
+        found = await self._health.ask()
+        trouble = found.vtpms if isinstance(found.vtpms, VtpmError) else None
+        records = [] if isinstance(found.vtpms, VtpmError) else [r for r in found.vtpms if sees(caller, r)]
         protections = next(iter(running.info.protections for running in self.running.values()), ())
         stats = self.door.stats()
         return describe.status(
@@ -359,8 +351,8 @@ class ManagerService:
             self.state_dir,
             len(records),
             sum(record.id in self.running for record in records),
-            keeper,
-            launcher,
+            found.keeper,
+            found.launcher,
             protections,
             stats,
             trouble,
@@ -618,7 +610,7 @@ class ManagerService:
         """Return a vTPM's own key, from the keeper. Raises as KeeperClient.unwrap_key."""
         if record.wrapped_key is None:
             raise StateError(f"vTPM {record.name} has no key")
-        return (await asyncio.to_thread(self._keeper.unwrap_key, record.id, record.wrapped_key)).key
+        return (await self._keeper_threads.run(self._keeper.unwrap_key, record.id, record.wrapped_key)).key
 
     async def _store(self, operation: Callable[[Store], T]) -> T:
         return await self.door.run(operation)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,7 +18,7 @@ import pytest
 from tests.integration.keeper.conftest import Connect
 from tests.support.processes import KeeperProcess, run_as_other_user
 from tests.support.swtpm import SwtpmPlatform
-from vtpm.errors import AccessDeniedError, PlatformTpmError, StateError, UnavailableError
+from vtpm.errors import AccessDeniedError, PlatformTpmError, StateError, UnavailableError, VtpmError
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.keeper import KEEPER_SOCKET, KeeperClient, PlatformKind, Protection
 from vtpm.wire.service import MAX_PACKET_BYTES
@@ -96,6 +99,36 @@ def test_status_answers_in_time_when_the_tpm_hangs(
     assert "does not answer within" in client.status().warnings[-1]
     assert client.new_key(vtpm_id).key
     os.kill(swtpm.pid, signal.SIGCONT)
+
+
+def test_status_and_keys_are_answered_in_time_when_many_calls_wait_for_a_tpm_that_hangs(
+    keeper: KeeperProcess, swtpm: SwtpmPlatform, connect: Connect
+) -> None:
+    client, vtpm_id = connect(keeper), VtpmId(uuid4())
+    made = client.new_key(vtpm_id)
+    os.kill(swtpm.pid, signal.SIGSTOP)
+
+    def read() -> str:
+        with contextlib.closing(KeeperClient(keeper.run_dir, timeout_s=30)) as other:
+            try:
+                other.read_anchor()
+            except VtpmError as error:
+                return error.message
+        return ""
+
+    with ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(read) for _ in range(12)]
+        for _ in range(3):
+            began = time.monotonic()
+            assert not client.status().reachable
+            assert client.unwrap_key(vtpm_id, made.wrapped).key == made.key
+            assert time.monotonic() - began < 1.5
+        first = next(as_completed(waiting, timeout=15)).result()
+        assert "an earlier call waits for it" in first
+        os.kill(swtpm.pid, signal.SIGCONT)
+        # The one that waited longest may have been given up; those after it hear the TPM.
+        assert [answer.result(60) for answer in waiting].count("") >= 1
+    assert client.status().reachable
 
 
 def test_service_goes_on_when_its_session_and_terminal_end(keeper: KeeperProcess, connect: Connect) -> None:

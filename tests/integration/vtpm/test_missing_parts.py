@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -74,3 +78,37 @@ def test_running_vtpms_go_on_and_others_are_refused_clearly_when_the_platform_tp
         if "other" not in names:
             client.create("other")
         assert client.start("other").state is LifeState.RUNNING
+
+
+@pytest.mark.parametrize("vault_open", [True, False])
+def test_status_answers_in_two_seconds_when_the_platform_tpm_hangs(platform: SwtpmPlatform, vault_open: bool) -> None:
+    with Host(platform.tcti) as host, host.client() as client, ExitStack() as stack:
+        client.create("web")
+        client.start("web")
+        if not vault_open:
+            host.kill("manager")
+        os.kill(platform.pid, signal.SIGSTOP)
+        stack.callback(os.kill, platform.pid, signal.SIGCONT)
+        if not vault_open:
+            host.start()
+        # Many who want what needs the TPM, and do not get it.
+        pool = stack.enter_context(ThreadPoolExecutor(16))
+        waiting = [pool.submit(_refused, host) for _ in range(16)]
+        for _ in range(4):
+            began = time.monotonic()
+            status = client.status()
+            assert time.monotonic() - began < 2
+            assert any("platform TPM does not answer" in warning for warning in status.warnings), status.warnings
+        assert sum(not done.done() for done in waiting) > 1
+        os.kill(platform.pid, signal.SIGCONT)
+        for done in waiting:
+            done.result(90)
+        deadline = time.monotonic() + 60
+        while client.status().platform is None or any("not open" in warning for warning in client.status().warnings):
+            assert time.monotonic() < deadline
+        assert client.show("web").state is LifeState.RUNNING
+
+
+def _refused(host: Host) -> None:
+    with host.client() as client, suppress(VtpmError):
+        client.policy()

@@ -15,6 +15,7 @@ from vtpm.manager.platform import PlatformService
 from vtpm.recovery_key import RecoveryKey
 from vtpm.vault.records import Event
 from vtpm.wire.api import AllowPcrs, ConfirmRecoveryKey
+from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper import KeeperClient, PolicyState
 
 ROOT = Caller(uid=0, gid=0, is_admin=True)
@@ -76,7 +77,7 @@ async def _accept(event: Event | None) -> None:
 
 
 def _do(log: Log, change: Change) -> None:
-    asyncio.run(change(PlatformService(cast(KeeperClient, log), log.note, _accept)))
+    asyncio.run(change(PlatformService(cast(KeeperClient, log), CallThreads("keeper", 1), log.note, _accept)))
 
 
 @pytest.mark.parametrize("what", CHANGES)
