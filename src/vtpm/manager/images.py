@@ -6,7 +6,6 @@ here depends on the kind of domain. The manager's alone.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -36,6 +35,7 @@ from vtpm.vault.launch_policy import (
 from vtpm.vault.records import DomainKind, Event, VtpmRecord
 from vtpm.vault.store import Store
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launch, Launches, RetireImage
+from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper import KeeperClient
 from vtpm.wire.launcher import InstanceInfo, KindArgs, Measured
 
@@ -59,7 +59,7 @@ class ImageService:
 
     Args:
         launcher: says what would run.
-        keeper: asked in threads, for it blocks.
+        keeper: asked in `threads`, for it blocks.
         door: the vault.
         running: what runs, by vTPM.
         new: what becomes of an image that was never seen.
@@ -69,6 +69,7 @@ class ImageService:
         self,
         launcher: Callable[[], Launcher],
         keeper: KeeperClient,
+        threads: CallThreads,
         door: VaultDoor,
         audit: AuditLog,
         running: Mapping[VtpmId, Running],
@@ -76,6 +77,7 @@ class ImageService:
     ) -> None:
         self._launcher = launcher
         self._keeper = keeper
+        self._threads = threads
         self._door = door
         self._audit = audit
         self._running = running
@@ -99,7 +101,7 @@ class ImageService:
         self._starting[record.id] = (record.name, _key(image))
         try:
             await self._enter(image, partial(_admit, record, image, self._new))
-            await asyncio.to_thread(self._keeper.measure_launch, image.kind, image.measurement)
+            await self._threads.run(self._keeper.measure_launch, image.kind, image.measurement)
             yield image.measurement
         finally:
             del self._starting[record.id]
@@ -109,7 +111,7 @@ class ImageService:
         image = _image(record.domain, info.measurement, "found running", 0)
         await self._enter(image, partial(_admit_running, image, self._new))
         try:
-            await asyncio.to_thread(self._keeper.measure_launch, record.domain.value, info.measurement)
+            await self._threads.run(self._keeper.measure_launch, record.domain.value, info.measurement)
         except VtpmError as error:
             # It was measured when it was started; its guest must not pay for a TPM that does not answer now.
             _log.warning("%s: whether its image is in the PCR is not known: %s", record.name, error)
@@ -166,7 +168,7 @@ class ImageService:
     async def launches(self, caller: Caller) -> Launches:
         """Return what was launched in this boot, by the keeper's log, and whether the PCR says so too."""
         caller.require_admin("see what was launched")
-        state = await asyncio.to_thread(self._keeper.launches)
+        state = await self._threads.run(self._keeper.launches)
         images = await self._door.run(lambda store: store.list_images())
         labels = {_key(image): image.label for image in images}
         return Launches(

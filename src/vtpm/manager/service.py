@@ -40,6 +40,7 @@ from vtpm.wire.keeper import KeeperClient
 from vtpm.wire.launcher import (
     Ended,
     InstanceInfo,
+    LauncherStatus,
     NoArgs,
     Replaced,
     StartArgs,
@@ -90,7 +91,9 @@ class ManagerService:
         # One: calls of one client go one after the other anyway.
         self._keeper_threads = CallThreads("keeper", 1)
         self._health = Health(run_dir, self.door, self.launcher)
-        self.images = ImageService(lambda: self.launcher, self._keeper, self.door, self.audit, self.running, new_images)
+        self.images = ImageService(
+            lambda: self.launcher, self._keeper, self._keeper_threads, self.door, self.audit, self.running, new_images
+        )
         self._locks: dict[VtpmId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._states: dict[VtpmId, LifeState] = {}
@@ -164,24 +167,22 @@ class ManagerService:
         return how
 
     async def _take_up(self, record: VtpmRecord) -> None:
-        key = await self.key(record)
-        info, link_socket = await self._attach(record, key, record.instance_id)
+        info, link_socket = await self._attach(record, record.instance_id)
         while info.instance_id in self._died_early:
             # Its successor's link was refused, for nobody followed the vTPM yet; see _on_replaced.
             link_socket.close()
             self.door.vault.close_vtpm(record.id)
-            info, link_socket = await self._attach(record, key, info.instance_id)
+            info, link_socket = await self._attach(record, info.instance_id)
         self._states[record.id] = LifeState(record.lifecycle)
         self._spawn(self._confirm(self._follow(record, info, link_socket)))
 
-    async def _attach(
-        self, record: VtpmRecord, key: bytes, bound: InstanceId | None
-    ) -> tuple[InstanceInfo, socket.socket]:
+    async def _attach(self, record: VtpmRecord, bound: InstanceId | None) -> tuple[InstanceInfo, socket.socket]:
         """Get the instance that runs, and give it the vTPM's state in the place of the one that is bound to it."""
         info, fds = await self.launcher.call("attach", VtpmArgs(record.id))
         link_socket = _one_socket(fds)
         try:
             await self.images.check_taken_up(record, info)
+            key = await self.key(record)
             if bound != info.instance_id:
                 await self._store(lambda store: store.bind_instance(record.id, info.instance_id, replaces=bound))
             await asyncio.to_thread(self.door.vault.open_vtpm, record.id, key)

@@ -36,6 +36,7 @@ from vtpm.vault.contents import Contents, begin
 from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import Event, VtpmRecord
 from vtpm.wire.api_images import AllowImage, RetireImage
+from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.launcher import InstanceInfo, KindArgs, Measured
 
 pytestmark = pytest.mark.timeout(30)
@@ -58,6 +59,7 @@ class World:
         self.service = ImageService(
             lambda: self,
             self,  # type: ignore[arg-type]
+            CallThreads("keeper", 1),
             self.door,
             AuditLog(self.door),
             self.running,

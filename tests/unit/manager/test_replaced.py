@@ -134,8 +134,6 @@ def test_the_successor_is_ended_when_the_start_of_its_vtpm_failed_meanwhile(tmp_
 
 def test_the_successor_is_ended_when_it_is_of_another_image(tmp_path: Path) -> None:
     async def test(service: ManagerService, launcher: _Launcher) -> None:
-        await service._store(lambda store: store.create_vtpm(RECORD))
-        await service._store(lambda store: store.bind_instance(RECORD.id, DEAD.instance_id))
         service._states[RECORD.id] = LifeState.RUNNING
         running = Running(RECORD, DEAD, Mock())
         service.running[RECORD.id] = running
@@ -195,10 +193,8 @@ def test_the_successor_is_attached_to_when_an_instance_dies_while_it_is_taken_up
         launcher.alive[RECORD.id] = [(DEAD, pairs[0][0]), (SUCCESSOR, pairs[1][0])]
         attach = service._attach
 
-        async def attach_and_die(
-            record: VtpmRecord, key: bytes, bound: InstanceId | None
-        ) -> tuple[InstanceInfo, socket.socket]:
-            given = await attach(record, key, bound)
+        async def attach_and_die(record: VtpmRecord, bound: InstanceId | None) -> tuple[InstanceInfo, socket.socket]:
+            given = await attach(record, bound)
             if given[0] == DEAD:
                 _tell(service, links, DEAD, SUCCESSOR)
                 await asyncio.wait({task for task in service._tasks if task is not asyncio.current_task()})
