@@ -26,6 +26,7 @@ from vtpm.errors import AccessDeniedError, ProtocolError, UnavailableError, Usag
 from vtpm.tpm.types import Startup, TpmVersion
 from vtpm.wire.api import (
     MANAGER_SOCKET,
+    MAX_VTPMS,
     AllowPcrs,
     ApiError,
     AuditEvent,
@@ -132,8 +133,16 @@ class ManagerClient:
         return decode(Status, self._request("GET", "/v1/status"), "the status")
 
     def list(self) -> Vtpms:
-        """Return the vTPMs that the caller may see."""
-        return decode(list[Vtpm], self._request("GET", "/v1/vtpms"), "the list of vTPMs")
+        """Return the vTPMs that the caller may see, by name; the manager gives them page by page."""
+        found: Vtpms = []
+        while True:
+            query = urllib.parse.urlencode({"after": found[-1].name if found else ""})
+            page = decode(Vtpms, self._request("GET", f"/v1/vtpms?{query}"), "the list of vTPMs")
+            if found and page and page[0].name <= found[-1].name:
+                raise ProtocolError("the manager's list of vTPMs is not in order")
+            found += page
+            if len(page) < MAX_VTPMS:
+                return found
 
     def create(
         self,

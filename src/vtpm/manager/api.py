@@ -18,6 +18,7 @@ from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.wire.api import (
     HTTP_STATUS,
+    MAX_VTPMS,
     AllowPcrs,
     ApiError,
     AuditEvent,
@@ -43,6 +44,7 @@ MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
 """In base64: the largest backup, or all states of one swtpm."""
 IMPORT_PATHS = ("/v1/import", "/v1/import/swtpm")
 MAX_EVENTS = 1000
+MAX_NAME_CHARS = 63
 MAX_WAIT_S = 30.0
 MAX_UNDER_WAY = 4
 """Requests of one ordinary user."""
@@ -133,8 +135,12 @@ def make_app(
         return await service.status(who)
 
     @app.get("/v1/vtpms", dependencies=vault)
-    async def list_vtpms(who: By) -> list[Vtpm]:
-        return list(await service.list(who))
+    async def list_vtpms(
+        who: By,
+        after: Annotated[str, Query(max_length=MAX_NAME_CHARS)] = "",
+        limit: Annotated[int, Query(ge=1, le=MAX_VTPMS)] = MAX_VTPMS,
+    ) -> list[Vtpm]:
+        return list(await service.list(after, limit, who))
 
     @app.post("/v1/vtpms", status_code=201, dependencies=vault)
     async def create(wanted: CreateVtpm, who: By) -> Vtpm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,6 @@ from typing import TypeVar
 from vtpm.errors import VtpmError
 from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.storage import VaultDoor
-from vtpm.vault.records import VtpmRecord
 from vtpm.wire.call_threads import CallThreads, SharedCall
 from vtpm.wire.keeper import KeeperClient, KeeperStatus
 from vtpm.wire.launcher import LauncherStatus, NoArgs
@@ -23,9 +22,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found:
-    """What each said, or why it said nothing."""
+    """What each said, or why it said nothing; how many vTPMs each owner has, by uid."""
 
-    vtpms: Sequence[VtpmRecord] | VtpmError
+    vtpms: Mapping[int, int] | VtpmError
     keeper: KeeperStatus | VtpmError
     launcher: LauncherStatus | VtpmError
 
@@ -44,7 +43,7 @@ class Health:
         self._launcher_link = launcher
         self._client = KeeperClient(run_dir, timeout_s=LIMIT_S)
         self._threads = CallThreads("keeper-status", 1)
-        self._vault: SharedCall[Sequence[VtpmRecord]] = SharedCall(self._ask_vault, "the vault")
+        self._vault: SharedCall[Mapping[int, int]] = SharedCall(self._ask_vault, "the vault")
         self._keeper: SharedCall[KeeperStatus] = SharedCall(self._ask_keeper, "vtpm-keeper")
         self._launcher: SharedCall[LauncherStatus] = SharedCall(self._ask_launcher, "vtpm-launcher")
 
@@ -59,9 +58,9 @@ class Health:
         """Ask no more."""
         self._threads.close()
 
-    async def _ask_vault(self) -> Sequence[VtpmRecord]:
+    async def _ask_vault(self) -> Mapping[int, int]:
         await self._door.opened()
-        return await self._door.run(lambda store: store.list_vtpms())
+        return await self._door.run(lambda store: store.count_vtpms())
 
     async def _ask_keeper(self) -> KeeperStatus:
         return await self._threads.run(self._client.status)

@@ -246,10 +246,11 @@ class ManagerService:
             after(name, self._state(record), happening)
             yield record
 
-    async def list(self, caller: Caller) -> Sequence[Vtpm]:
-        """Return the vTPMs that the caller may see, by name."""
-        records = await self._store(lambda store: store.list_vtpms())
-        return [self._describe(record) for record in records if sees(caller, record)]
+    async def list(self, after: str, limit: int, caller: Caller) -> Sequence[Vtpm]:
+        """Return the first `limit` vTPMs after a name, by name, of those that the caller may see."""
+        owner_uid = None if caller.is_admin else caller.uid
+        records = await self._store(lambda store: store.list_vtpms(owner_uid=owner_uid, after=after, limit=limit))
+        return [self._describe(record) for record in records]
 
     async def show(self, name: str, caller: Caller) -> Vtpm:
         """Return one vTPM. One that was locked is looked at again: a lockout ends by itself, without a word."""
@@ -344,14 +345,14 @@ class ManagerService:
         """Say how the host's services are, soon; also when the vault does not open, or one of them hangs."""
         found = await self._health.ask()
         trouble = found.vtpms if isinstance(found.vtpms, VtpmError) else None
-        records = [] if isinstance(found.vtpms, VtpmError) else [r for r in found.vtpms if sees(caller, r)]
+        counts = {} if isinstance(found.vtpms, VtpmError) else found.vtpms
         protections = next(iter(running.info.protections for running in self.running.values()), ())
         stats = self.door.stats()
         return describe.status(
             self.run_dir,
             self.state_dir,
-            len(records),
-            sum(record.id in self.running for record in records),
+            sum(counts.values()) if caller.is_admin else counts.get(caller.uid, 0),
+            sum(sees(caller, running.record) for running in self.running.values()),
             found.keeper,
             found.launcher,
             protections,

@@ -34,7 +34,8 @@ MAX_WAITING = 4096
 MAX_GROUP_SAVES = 256
 MAX_GROUP_BYTES = 16 * 1024 * 1024
 MAX_TURN_CALLS = 64
-"""Bound on other operations between two looks at what came meanwhile."""
+MAX_CALLS_S = 0.002
+"""Bounds on other operations between two looks at what came meanwhile: a save waits for no more, and one of them."""
 
 _RETRY_PAUSE_S = 0.05
 _LONE_RETRY_PAUSE_S = 1.0
@@ -91,7 +92,8 @@ class Committer:
         self._store = store
         self._keeper = keeper
         self._anchoring = Anchoring(store, policy)
-        self._waiting: deque[_Save | _Call] = deque()
+        self._saves: deque[_Save] = deque()
+        self._calls: deque[_Call] = deque()
         self._turn: deque[_Save | _Call] = deque()
         self._retries: list[_Save] = []
         self._retry_at = 0.0
@@ -138,7 +140,10 @@ class Committer:
         return save.future
 
     def run(self, operation: Callable[[Store], T], *, patience_s: float = SAVE_PATIENCE_S) -> Future[T]:
-        """Run any other operation in the store's thread, after what waits already.
+        """Run any other operation in the store's thread, in order of arrival, but after the saves that wait.
+
+        Saves come first, for guests wait for them. So an operation takes a few milliseconds at most; what is longer is
+        done page by page.
 
         It is tried once: only its caller knows whether it may be repeated. What it raises is the future's. One that
         only reads has its result at once; one that changes, or found its change made already, when that is anchored.
@@ -172,9 +177,12 @@ class Committer:
     def _enqueue(self, item: _Save | _Call) -> None:
         if not self._accepting:
             raise StoreError(f"{self._ended_because}; nothing was acknowledged")
-        if len(self._waiting) >= MAX_WAITING:
+        if len(self._saves) + len(self._calls) >= MAX_WAITING:
             raise StoreError(f"{MAX_WAITING} operations wait for the store; nothing was acknowledged")
-        self._waiting.append(item)
+        if isinstance(item, _Save):
+            self._saves.append(item)
+        else:
+            self._calls.append(item)
         self._changed.notify()
 
     def _serve(self) -> None:
@@ -189,7 +197,7 @@ class Committer:
     def _step(self) -> bool:
         """Wait for the next piece of work and do it; False when there will be none."""
         with self._changed:
-            while not self._waiting and self._written is None:
+            while not self._saves and not self._calls and self._written is None:
                 pause_s = self._pause_s()
                 if pause_s is None and not self._accepting:
                     return False
@@ -227,30 +235,36 @@ class Committer:
         return min(times) - now if times else None
 
     def _take(self) -> None:
-        """Take from the queue, in order of arrival, what is done before the next look at it."""
-        saves = calls = size_bytes = 0
-        while self._waiting and saves < MAX_GROUP_SAVES and size_bytes < MAX_GROUP_BYTES and calls < MAX_TURN_CALLS:
-            item = self._waiting.popleft()
-            self._turn.append(item)
-            if isinstance(item, _Save):
-                saves += 1
-                size_bytes += len(item.request.envelope)
-            else:
-                calls += 1
+        """Take from the queues what is done before the next look at them: saves first, both in order of arrival."""
+        size_bytes = 0
+        while self._saves and len(self._turn) < MAX_GROUP_SAVES and size_bytes < MAX_GROUP_BYTES:
+            save = self._saves.popleft()
+            self._turn.append(save)
+            size_bytes += len(save.request.envelope)
+        for _ in range(min(len(self._calls), MAX_TURN_CALLS)):
+            self._turn.append(self._calls.popleft())
 
     def _do(self) -> None:
-        """Do what was taken, in order; saves that follow one another in one transaction."""
+        """Do what was taken: the saves in one transaction, then of the other operations what there is time for."""
         group: list[_Save] = []
+        while self._turn and isinstance(self._turn[0], _Save):
+            save = self._turn.popleft()
+            assert isinstance(save, _Save)
+            group.append(save)
+        if group:
+            self._commit(group)
+        began = time.monotonic()
         while self._turn:
-            item = self._turn.popleft()
-            if isinstance(item, _Save):
-                group.append(item)
-                if self._turn and isinstance(self._turn[0], _Save):
-                    continue
-                self._commit(group)
-                group = []
-            else:
-                self._call(item)
+            call = self._turn.popleft()
+            assert isinstance(call, _Call)
+            self._call(call)
+            if time.monotonic() - began >= MAX_CALLS_S:
+                break
+        with self._changed:
+            while self._turn:
+                late = self._turn.pop()
+                assert isinstance(late, _Call)
+                self._calls.appendleft(late)
 
     def _commit(self, group: Sequence[_Save]) -> None:
         """Make the group durable, or leave each of its saves to be tried alone later, or failed."""
@@ -400,7 +414,7 @@ class Committer:
             if cause is not None:
                 self._ended_because = f"the vault's committer failed unexpectedly: {type(cause).__name__}: {cause}"
             unanswered: list[_Save | _Call] = [*self._outstanding.values()]
-            unanswered += [item for item in (*self._turn, *self._waiting) if isinstance(item, _Call)]
+            unanswered += [item for item in (*self._turn, *self._calls) if isinstance(item, _Call)]
             unanswered += [done.item for done in self._done if isinstance(done.item, _Call)]
         for item in unanswered:
             self._fail(item, self._ended(cause))

@@ -119,6 +119,10 @@ CREATE TABLE event (
 """
 
 
+# Holds nothing of its own, so it belongs to no schema version: a database that lacks it gets it when it is opened.
+_OWNER_INDEX = "CREATE INDEX IF NOT EXISTS vtpm_by_owner ON vtpm (owner_uid, name)"
+
+
 @contextlib.contextmanager
 def translated_errors(path: Path) -> Iterator[None]:
     """Turn errors of SQLite and of the file system into those a store raises; others are bugs and pass."""
@@ -221,6 +225,7 @@ def open_database(
         try:
             _configure(db, path)
             _check_schema(db, path)
+            db.execute(_OWNER_INDEX)
         except BaseException:
             db.close()
             raise
@@ -285,6 +290,7 @@ def _create(directory: Path, first_record: Callable[[], bytes]) -> None:
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute("PRAGMA journal_mode=WAL")
         db.executescript(f"BEGIN; {_SCHEMA}{POLICY_SCHEMA};")
+        db.execute(_OWNER_INDEX)
         db.execute("INSERT INTO vault_schema (one, version) VALUES (1, ?)", (SCHEMA_VERSION,))
         db.execute("INSERT INTO root (one, record) VALUES (1, ?)", (record,))
         db.execute("COMMIT")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 
 from vtpm.errors import ConflictError, UsageError, VtpmError
@@ -58,9 +58,7 @@ from vtpm.vault.sqlite_rows import (
     state_of,
     values_of,
 )
-from vtpm.vault.store import MAX_EVENTS_SEARCHED, SaveOutcome
-
-MAX_EVENTS_LISTED = 1000
+from vtpm.vault.store import MAX_EVENTS_LISTED, MAX_EVENTS_SEARCHED, SaveOutcome
 
 
 class SqliteStore:
@@ -139,9 +137,23 @@ class SqliteStore:
             row = db.execute(SELECT_RECORDS + " WHERE name = ?", (name,)).fetchone()
             return self._file.vtpm(row, repr(name[:80]))
 
-    def list_vtpms(self) -> Sequence[VtpmRecord]:
+    def list_vtpms(
+        self, *, owner_uid: int | None = None, after: str = "", limit: int | None = None
+    ) -> Sequence[VtpmRecord]:
+        owned, values = ("", ()) if owner_uid is None else ("owner_uid = ? AND ", (owner_uid,))
+        query = SELECT_RECORDS + f" WHERE {owned}name > ? ORDER BY name LIMIT ?"
         with self._file.reading() as db:
-            return [record_of(row) for row in db.execute(SELECT_RECORDS + " ORDER BY name")]
+            # SQLite takes a negative limit for none.
+            return [record_of(row) for row in db.execute(query, (*values, after, -1 if limit is None else limit))]
+
+    def count_vtpms(self) -> Mapping[int, int]:
+        with self._file.reading() as db:
+            return dict(db.execute("SELECT owner_uid, COUNT(*) FROM vtpm GROUP BY owner_uid"))
+
+    def owned_by(self, owner_uid: int, vtpm_ids: Collection[VtpmId]) -> Set[VtpmId]:
+        query = "SELECT 1 FROM vtpm WHERE id = ? AND owner_uid = ?"
+        with self._file.reading() as db:
+            return {vtpm_id for vtpm_id in vtpm_ids if db.execute(query, (vtpm_id.bytes, owner_uid)).fetchone()}
 
     def set_lifecycle(
         self, vtpm_id: VtpmId, lifecycle: str, *, expected: str | None = None, event: Event | None = None

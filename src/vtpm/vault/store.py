@@ -11,7 +11,7 @@ Errors common to all operations:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Protocol
 
 from vtpm.errors import VtpmError
@@ -23,6 +23,7 @@ from vtpm.vault.root_record import AnchorValue
 SaveOutcome = SaveAck | VtpmError
 """What became of one save of a group: durable, or refused for a reason of its own."""
 
+MAX_EVENTS_LISTED = 1000
 MAX_EVENTS_SEARCHED = 10_000
 """A search of the audit log goes no further back, so that it never holds up those who save."""
 
@@ -90,8 +91,24 @@ class Store(Protocol):
         """Return the current record of the vTPM of this name."""
         ...
 
-    def list_vtpms(self) -> Sequence[VtpmRecord]:
-        """Return all vTPMs, by name."""
+    def list_vtpms(
+        self, *, owner_uid: int | None = None, after: str = "", limit: int | None = None
+    ) -> Sequence[VtpmRecord]:
+        """Return vTPMs by name.
+
+        Args:
+            owner_uid: of this owner alone.
+            after: a name; those up to it are left out.
+            limit: how many at most. None for all is for a manager that has nothing else to do.
+        """
+        ...
+
+    def count_vtpms(self) -> Mapping[int, int]:
+        """Return how many vTPMs each owner has, by uid; owners that have none are left out."""
+        ...
+
+    def owned_by(self, owner_uid: int, vtpm_ids: Collection[VtpmId]) -> Set[VtpmId]:
+        """Return which of these vTPMs, at most MAX_EVENTS_LISTED, are this owner's."""
         ...
 
     def set_lifecycle(

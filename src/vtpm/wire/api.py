@@ -4,7 +4,7 @@ HTTP/1.1 with JSON on the unix socket RUN_DIR/manager.sock; the OpenAPI document
 the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the status of HTTP_STATUS.
 
     GET    /v1/status                    Status
-    GET    /v1/vtpms                     list of Vtpm (those that the caller may see)
+    GET    /v1/vtpms?after=NAME&limit=N  list of Vtpm (those that the caller may see), by name, MAX_VTPMS at most
     POST   /v1/vtpms                     CreateVtpm -> Vtpm (201)
     GET    /v1/vtpms/{name}              Vtpm
     DELETE /v1/vtpms/{name}              (204)
@@ -39,6 +39,8 @@ from vtpm.tpm.types import Startup, TpmVersion
 
 MANAGER_SOCKET = "manager.sock"
 API_VERSION = 1
+MAX_VTPMS = 100
+"""In one answer; the rest is asked for by the last name."""
 
 HTTP_STATUS: Mapping[str, int] = {
     "usage": 400,

@@ -190,8 +190,8 @@ def test_list_is_plain_columns_when_stdout_is_no_terminal(cli: Cli, manager: Can
     manager.vtpms = {"web1": IN_USE, "a-long-name": replace(STOPPED, name="a-long-name", vm_uuid=None)}
     lines = cli("list").out.splitlines()
     assert lines[0].split() == ["NAME", "STATE", "TPM", "DOMAIN", "OWNER", "CLIENT", "VM"]
-    assert lines[1].split() == f"web1 running 2.0 process root emulator, pid 1234 {VM_UUID}".split()
-    assert lines[2].split() == ["a-long-name", "stopped", "2.0", "process", "root", "-", "-"]
+    assert lines[2].split() == f"web1 running 2.0 process root emulator, pid 1234 {VM_UUID}".split()
+    assert lines[1].split() == ["a-long-name", "stopped", "2.0", "process", "root", "-", "-"]
     assert all(line.isascii() and line[13] != " " for line in lines)
 
 

@@ -20,6 +20,7 @@ from vtpm.errors import ConflictError, NotFoundError, VtpmError
 from vtpm.tpm.types import TpmVersion
 from vtpm.wire.api import (
     HTTP_STATUS,
+    MAX_VTPMS,
     ApiError,
     AuditEvent,
     Client,
@@ -169,7 +170,8 @@ class CannedManager:
             case ["GET", "status"]:
                 return 200, self.status
             case ["GET", "vtpms"]:
-                return 200, list(self.vtpms.values())
+                after = dict(urllib.parse.parse_qsl(parts.query)).get("after", "")
+                return 200, [self.vtpms[name] for name in sorted(self.vtpms) if name > after][:MAX_VTPMS]
             case ["POST", "vtpms"]:
                 if body["name"] in self.vtpms:
                     raise ConflictError(f"{body['name']} exists already", next_step="Take another name")

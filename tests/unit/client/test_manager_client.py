@@ -8,6 +8,7 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from vtpm.errors import (
     VtpmError,
 )
 from vtpm.tpm.types import Startup, TpmVersion
-from vtpm.wire.api import DomainName, LifeState, ShutDown
+from vtpm.wire.api import MAX_VTPMS, DomainName, LifeState, ShutDown
 
 EVERY_ERROR = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, VtpmError)]
 
@@ -253,3 +254,20 @@ def test_following_ends_with_an_error_when_the_manager_goes_round_in_circles(
 def test_a_conflict_is_raised_when_the_name_is_taken(client: ManagerClient) -> None:
     with pytest.raises(ConflictError, match="web1 exists already"):
         client.create("web1")
+
+
+def test_all_vtpms_are_listed_when_there_are_more_than_one_answer_holds(
+    client: ManagerClient, manager: CannedManager
+) -> None:
+    for count in (MAX_VTPMS - 1, MAX_VTPMS, 2 * MAX_VTPMS + 5):
+        names = [f"vm{number:04}" for number in range(count)]
+        manager.vtpms = {name: replace(RUNNING, name=name) for name in names}
+        assert [vtpm.name for vtpm in client.list()] == names
+
+
+def test_list_is_refused_when_the_manager_gives_the_same_page_again(
+    client: ManagerClient, manager: CannedManager
+) -> None:
+    manager.answer_with(200, [replace(RUNNING, name=f"vm{number:04}") for number in range(MAX_VTPMS)])
+    with pytest.raises(ProtocolError, match="not in order"):
+        client.list()

@@ -126,14 +126,31 @@ def test_one_write_anchors_all_when_many_changes_wait_together(start: Start, kee
     bounds = made(committer, *(f"web{number}" for number in range(8)))
     writes = len(keeper.written)
     gate = Gate(committer)
-    futures: list[Future[SaveAck] | Future[None]] = []
-    for bound in bounds:
-        futures.append(committer.submit(bound.save()))
-        futures.append(committer.run(lambda store, bound=bound: store.set_lifecycle(bound.id, "running")))
+    futures = [committer.submit(bound.save()) for bound in bounds]
     gate.open()
     for future in futures:
         future.result(LIMIT_S)
     assert len(keeper.written) == writes + 1
+
+
+def test_the_next_write_anchors_all_that_was_done_during_one(start: Start, keeper: MemoryKeeper) -> None:
+    committer = start()
+    bounds = made(committer, *(f"web{number}" for number in range(8)))
+    writes, attempts = len(keeper.written), keeper.attempts
+    keeper.hang()
+    first = committer.submit(bounds[0].save(), patience_s=LIMIT_S)
+    keeper.await_attempts(attempts + 1)
+    futures = [
+        committer.run(lambda store, bound=bound: store.set_lifecycle(bound.id, "running"), patience_s=LIMIT_S)
+        for bound in bounds
+    ]
+    # Reads nothing, and is answered after what came before it was done.
+    committer.run(lambda _: None).result(LIMIT_S)
+    keeper.go_on()
+    first.result(LIMIT_S)
+    for future in futures:
+        future.result(LIMIT_S)
+    assert len(keeper.written) == writes + 2
 
 
 def test_change_is_acknowledged_when_the_keeper_comes_back_within_patience(start: Start, keeper: MemoryKeeper) -> None:

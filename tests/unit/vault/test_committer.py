@@ -12,7 +12,7 @@ import pytest
 from tests.unit.vault.world import LIMIT_S, MAC_KEY, Bound, Gate, MemoryKeeper, manufacture, new_record
 from vtpm.errors import ConflictError, NotFoundError, ProtocolError, StateError, StoreError
 from vtpm.vault.anchor import AnchorPolicy
-from vtpm.vault.committer import Committer
+from vtpm.vault.committer import MAX_CALLS_S, Committer
 from vtpm.vault.records import SaveAck, SaveEffect, SaveRequest
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import SaveOutcome, Store
@@ -24,6 +24,7 @@ class FaultyStore(SqliteStore):
     def __init__(self, directory: Path, keeper: MemoryKeeper) -> None:
         super().__init__(directory, MAC_KEY, keeper)
         self.groups: list[int] = []
+        self.order: list[str] = []
         self.reopened = 0
         self.failures_left = 0
         self.fail_after_commit = False
@@ -36,6 +37,7 @@ class FaultyStore(SqliteStore):
 
     def commit_saves(self, batch: Sequence[SaveRequest]) -> Sequence[SaveOutcome]:
         self.groups.append(len(batch))
+        self.order.append("saves")
         if self.bug is not None:
             raise self.bug
         too_large = any(len(save.envelope) > self.fail_above_bytes for save in batch)
@@ -72,6 +74,7 @@ def manufactured(committer: Committer, store: FaultyStore, count: int) -> list[B
 
     bounds = committer.run(create).result(LIMIT_S)
     store.groups.clear()
+    store.order.clear()
     return bounds
 
 
@@ -171,17 +174,45 @@ def test_second_save_is_refused_when_one_of_the_instance_is_outstanding(
     assert first.result(LIMIT_S).version == 2
 
 
-def test_order_is_kept_when_operations_stand_between_saves(store: FaultyStore, committer: Committer) -> None:
+def test_saves_come_first_and_other_operations_in_order_when_both_wait(
+    store: FaultyStore, committer: Committer
+) -> None:
     first, second = manufactured(committer, store, 2)
     gate = Gate(committer)
-    saved = committer.submit(first.save())
-    unbound = committer.run(lambda real: real.unbind_instance(second.id, second.instance))
-    refused = committer.submit(second.save())
+    names = ("one", "two", "three")
+    waiting = [committer.run(lambda _, name=name: store.order.append(name)) for name in names]
+    saved = [committer.submit(bound.save()) for bound in (first, second)]
     gate.open()
-    assert saved.result(LIMIT_S).version == 2
-    unbound.result(LIMIT_S)
+    for done in (*waiting, *saved):
+        done.result(LIMIT_S)
+    assert store.order == ["saves", *names]
+    committer.run(lambda real: real.unbind_instance(second.id, second.instance)).result(LIMIT_S)
+    # What was answered comes before what is asked then.
     with pytest.raises(ConflictError):
-        refused.result(LIMIT_S)
+        committer.submit(second.save()).result(LIMIT_S)
+
+
+def test_a_save_waits_for_few_other_operations_when_a_long_row_of_them_waits(
+    store: FaultyStore, committer: Committer
+) -> None:
+    (bound,) = manufactured(committer, store, 1)
+    saved: list[Future[SaveAck]] = []
+
+    def read(number: int) -> None:
+        store.order.append(str(number))
+        if number == 3:
+            saved.append(committer.submit(bound.save()))
+        # Two of them are all that a save waits for.
+        time.sleep(MAX_CALLS_S * 0.6)
+
+    gate = Gate(committer)
+    reads = [committer.run(lambda _, number=number: read(number)) for number in range(40)]
+    gate.open()
+    for done in reads:
+        done.result(LIMIT_S)
+    saved[0].result(LIMIT_S)
+    assert [word for word in store.order if word != "saves"] == [str(number) for number in range(40)]
+    assert 4 <= store.order.index("saves") <= 6
 
 
 def test_caller_gets_the_error_and_others_are_served_when_an_operation_fails(committer: Committer) -> None:

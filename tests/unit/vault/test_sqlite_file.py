@@ -233,3 +233,14 @@ def test_store_is_usable_again_when_reopened(folder: Path) -> None:
         assert len(store.list_vtpms()) == 1
     with pytest.raises(StoreError, match="not open"):
         store.list_vtpms()
+
+
+def test_owners_are_found_by_an_index_when_the_database_was_made_without_it(folder: Path) -> None:
+    execute(filled(folder), "DROP INDEX vtpm_by_owner")
+    with closing(open_store(folder)) as store:
+        assert len(store.list_vtpms(owner_uid=1000)) == 3
+    with closing(sqlite3.connect(folder / "vtpm.db")) as db:
+        query = "EXPLAIN QUERY PLAN SELECT * FROM vtpm WHERE owner_uid = 1 AND name > 'a' ORDER BY name LIMIT 9"
+        plan = " ".join(row[3] for row in db.execute(query))
+    assert "vtpm_by_owner" in plan
+    assert "TEMP B-TREE" not in plan

@@ -462,3 +462,20 @@ def test_engine_version_is_refused_when_out_of_bounds(store: Store, engine_versi
         store.issue_permit(bound.id, bound.instance, engine_version)
     with pytest.raises(UsageError):
         store.load_state(bound.id, bound.instance, engine_version)
+
+
+def test_vtpms_are_listed_by_owner_and_page_by_page_when_asked_so(store: Store) -> None:
+    records = [dataclasses.replace(new_record(f"web{n}"), owner_uid=1000 + n % 2) for n in (3, 1, 4, 0, 2)]
+    for record in records:
+        store.create_vtpm(record)
+    records.sort(key=lambda record: record.name)
+    assert store.list_vtpms() == records
+    assert store.list_vtpms(owner_uid=1001) == [records[1], records[3]]
+    assert store.list_vtpms(owner_uid=1000, limit=2) == [records[0], records[2]]
+    assert store.list_vtpms(owner_uid=1000, after="web2", limit=2) == [records[4]]
+    assert store.list_vtpms(after="web1", limit=1) == [records[2]]
+    assert store.list_vtpms(owner_uid=7) == []
+    assert store.count_vtpms() == {1000: 3, 1001: 2}
+    ids = {record.id for record in records[:3]}
+    assert store.owned_by(1000, ids) == {records[0].id, records[2].id}
+    assert store.owned_by(1000, {VtpmId(uuid4())}) == set()
