@@ -1,1 +1,1 @@
-"""Kinds of domain in which an instance can live, behind one Protocol: process, later qemu and xen."""
+"""Kinds of domain in which an instance can live, behind one Protocol: process and qemu, later xen."""
