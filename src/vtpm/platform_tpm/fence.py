@@ -46,7 +46,8 @@ def check_fence_covers(index: int, sets: PcrSets) -> None:
         if index not in one.selection.indexes:
             raise UsageError(
                 f"PCR {index} cannot be the fence: the allowed set {one.label!r} does not have it",
-                next_step="Allow sets that have it, and drop the others",
+                next_step=f"Set pcrs in the configuration so that PCR {index} is one of them; where there is a root key"
+                " already, start the services anew and run `vtpm recover` with the recovery key",
             )
 
 

@@ -324,6 +324,24 @@ def test_fence_lets_the_key_open_once_in_each_boot(
         keeper.terminate()
 
 
+def test_fence_is_set_on_an_existing_host_by_what_the_refusal_says(
+    keeper: KeeperProcess, directory: Path, swtpm: SwtpmPlatform, keepers: Keep, connect: Connect, known: Known
+) -> None:
+    unfenced = keepers(KeeperProcess(directory, swtpm.tcti, "--fence-pcr", "12"))
+    status = connect(unfenced.start()).status()
+    assert "the allowed set 'set-up' does not have it" in status.locked
+    assert "Set pcrs" in status.locked_next_step and "vtpm recover" in status.locked_next_step
+    unfenced.terminate()
+    fenced = keepers(KeeperProcess(directory, swtpm.tcti, "--pcrs", "sha256:0,7,12", "--fence-pcr", "12"))
+    client = connect(fenced.start())
+    assert client.status().locked
+    assert client.recover(known.recovery_key)
+    known.check(client)
+    fenced.terminate()
+    swtpm.reboot()
+    known.check(connect(fenced.start()))
+
+
 def test_public_half_is_kept_when_a_recovery_key_was_made(keeper: KeeperProcess, connect: Connect) -> None:
     client = connect(keeper.start())
     assert client.recovery_public_key() == ""
