@@ -87,7 +87,11 @@ class Committer:
     """
 
     def __init__(self, store: Store, keeper: AnchorKeeper, policy: AnchorPolicy) -> None:
-        if keeper.read() != store.value:
+        # Not read again, which is slow on hardware. Only this host's keeper can have moved it since the store was
+        # opened, and its one client is this manager: the locks of both see to that. A second look would find what moves
+        # it before this line, and nothing after it. For both there is the write: the keeper refuses a version that is
+        # not above what the TPM holds, and a refusal ends all acknowledgement.
+        if store.found_anchor != store.value:
             keeper.write(store.value)
         self._store = store
         self._keeper = keeper

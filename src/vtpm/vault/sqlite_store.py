@@ -86,7 +86,8 @@ class SqliteStore:
     ) -> None:
         self._file = AnchoredDatabase(directory, mac_key)
         try:
-            self._file.open(keeper.read(), accepting)
+            self.found_anchor = keeper.read()
+            self._file.open(self.found_anchor, accepting)
         except BaseException:
             self._file.close()
             raise

@@ -42,6 +42,11 @@ class Store(Protocol):
         ...
 
     @property
+    def found_anchor(self) -> AnchorValue:
+        """What was anchored when the store was opened, and accepted by it."""
+        ...
+
+    @property
     def prompt_version(self) -> int:
         """The last version since opening that must be anchored before it counts, 0 if there was none.
 

@@ -245,6 +245,36 @@ def test_committer_is_not_started_when_the_anchor_cannot_follow_the_store(tmp_pa
     store.close()
 
 
+def test_anchor_is_read_once_and_written_only_when_it_is_behind_the_store(
+    start: Start, tmp_path: Path, keeper: MemoryKeeper
+) -> None:
+    committer = start()
+    assert (keeper.reads, keeper.attempts) == (1, 1)
+    made(committer, "web1")
+    committer.close()
+    attempts = keeper.attempts
+    start().close()
+    assert (keeper.reads, keeper.attempts) == (2, attempts)
+
+
+def test_nothing_is_acknowledged_when_the_anchor_moved_while_the_store_was_opened(
+    start: Start, tmp_path: Path, keeper: MemoryKeeper
+) -> None:
+    committer = start()
+    (bound,) = made(committer, "web1")
+    committer.close()
+    store = open_store(tmp_path / "vault", keeper)
+    keeper.value = AnchorValue(keeper.value.version + 5, bytes(32))
+    moved = Committer(store, keeper, AnchorPolicy())
+    try:
+        with pytest.raises(StateError, match="is not later"):
+            moved.submit(bound.save()).result(LIMIT_S)
+        with pytest.raises(StateError):
+            moved.run(lambda real: real.set_lifecycle(bound.id, "running")).result(LIMIT_S)
+    finally:
+        moved.close()
+
+
 # Interval
 
 

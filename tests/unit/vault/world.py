@@ -33,6 +33,7 @@ class MemoryKeeper:
         self.value = value
         self.written: list[AnchorValue] = []
         self.attempts = 0
+        self.reads = 0
         self.failures_left = 0
         self.answers_to_lose = 0
         self.goes_after_loss = False
@@ -42,6 +43,7 @@ class MemoryKeeper:
         self._open.set()
 
     def read(self) -> AnchorValue:
+        self.reads += 1
         return self.value
 
     def write(self, value: AnchorValue) -> None:
