@@ -83,6 +83,7 @@ STEPS = _steps(f"""
     M fdatasync vault
     M fsync vault
     M fsync .
+    K fsync .
     M fsync vault/vtpm.db-wal
     M pwrite64 vault/vtpm.db-wal
     M fdatasync vault/vtpm.db-wal

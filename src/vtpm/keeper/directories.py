@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from vtpm.errors import AccessDeniedError, StoreError
+from vtpm.wire.daemon import make_directory
 from vtpm.wire.unix_socket import bind_unix_socket
 
 
@@ -23,12 +24,8 @@ def prepare_directory(path: Path, uid: int, gid: int, *, mode: int = 0o700, othe
         StoreError: it cannot be made.
     """
     try:
-        try:
-            path.mkdir(mode=mode, parents=True)
-            if os.geteuid() == 0:
-                os.chown(path, uid, gid)
-        except FileExistsError:
-            pass
+        if make_directory(path, mode) and os.geteuid() == 0:
+            os.chown(path, uid, gid)
         status = path.stat()
     except OSError as error:
         raise StoreError(f"the directory {path} cannot be made: {error.strerror}") from error

@@ -26,6 +26,7 @@ from vtpm.config import (
 )
 from vtpm.confine.interpreter import ENVIRONMENT, cache_options
 from vtpm.errors import UnavailableError, UsageError
+from vtpm.wire.daemon import make_directory
 from vtpm.wire.keeper import KeeperClient, check_platform
 from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs
 from vtpm.wire.packet_socket import PacketClient
@@ -102,8 +103,7 @@ def _uid_base(config: Config) -> int:
 
 def _make_directory(path: Path, mode: int, owner: int | None) -> None:
     try:
-        new = not path.exists()
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        new = make_directory(path, mode)
         if path.stat().st_uid == os.geteuid():
             path.chmod(mode)
         if new and owner is not None and os.geteuid() == 0:
