@@ -52,6 +52,7 @@ class Config:
         uid_base: see decision record 5; used when started by root; 0 for what follows from state_dir.
         admin_uids: who, besides root, may see and do everything.
         create_gids: members of these groups (as their primary group) may have vTPMs of their own.
+        max_vtpms_per_user: how many one user who is no administrator may have.
     """
 
     state_dir: Path
@@ -71,6 +72,7 @@ class Config:
     uid_base: int = 0
     admin_uids: tuple[int, ...] = ()
     create_gids: tuple[int, ...] = ()
+    max_vtpms_per_user: int = 100
 
     @property
     def measures(self) -> bool:

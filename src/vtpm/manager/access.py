@@ -16,12 +16,14 @@ class Caller:
         uid, gid: of the peer's process when it connected.
         is_admin: root, the manager's own user, or one that the configuration names: sees and does everything.
         may_create: whether it may have vTPMs of its own.
+        max_vtpms: how many, unless it is an administrator.
     """
 
     uid: int
     gid: int
     is_admin: bool
     may_create: bool = False
+    max_vtpms: int = 0
 
     def require_admin(self, what: str) -> None:
         """Raise AccessDeniedError unless the caller is an administrator."""

@@ -79,7 +79,7 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
         admins = {0, os.geteuid(), *config.admin_uids}
 
         def caller_of(uid: int, gid: int) -> Caller:
-            return Caller(uid, gid, uid in admins, gid in config.create_gids)
+            return Caller(uid, gid, uid in admins, gid in config.create_gids, config.max_vtpms_per_user)
 
         def end_all() -> None:
             shut_down.set()

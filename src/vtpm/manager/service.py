@@ -230,11 +230,17 @@ class ManagerService:
             wrapped_key=new_key.wrapped,
         )
         event = event_of(caller.uid, "created", record, tpm_version=record.tpm_version, domain=record.domain)
-        return await self.add(record, (), event)
+        return await self.add(record, (), event, None if caller.is_admin else caller.max_vtpms)
 
-    async def add(self, record: VtpmRecord, states: Sequence[SavedState], event: Event) -> Vtpm:
-        """Register a vTPM, with the state that it begins with; durable as a whole, or not there at all."""
-        await self._store(lambda store: store.create_vtpm(record, states, event=event))
+    async def add(
+        self, record: VtpmRecord, states: Sequence[SavedState], event: Event, max_owned: int | None = None
+    ) -> Vtpm:
+        """Register a vTPM, with the state that it begins with; durable as a whole, or not there at all.
+
+        Args:
+            max_owned: how many its owner may have with it.
+        """
+        await self._store(lambda store: store.create_vtpm(record, states, event=event, max_owned=max_owned))
         await self.audit.came()
         return self._describe(record)
 

@@ -113,7 +113,14 @@ class SqliteStore:
     def close(self) -> None:
         self._file.close()
 
-    def create_vtpm(self, record: VtpmRecord, states: Sequence[SavedState] = (), *, event: Event | None = None) -> None:
+    def create_vtpm(
+        self,
+        record: VtpmRecord,
+        states: Sequence[SavedState] = (),
+        *,
+        event: Event | None = None,
+        max_owned: int | None = None,
+    ) -> None:
         check_new_record(record, states)
         with self._file.changing(event, prompt=True) as change:
             db = change.db
@@ -125,6 +132,13 @@ class SqliteStore:
                 )
             if db.execute("SELECT 1 FROM vtpm WHERE name = ?", (record.name,)).fetchone():
                 raise ConflictError(f"a vTPM {record.name} exists already", next_step="Choose another name.")
+            if max_owned is not None:
+                (owned,) = db.execute("SELECT COUNT(*) FROM vtpm WHERE owner_uid = ?", (record.owner_uid,)).fetchone()
+                if owned >= max_owned:
+                    raise ConflictError(
+                        f"uid {record.owner_uid} has {owned} vTPMs, and may have {max_owned}",
+                        next_step="Delete one, or ask root for a greater max_vtpms_per_user in the configuration",
+                    )
             db.execute(INSERT_RECORD, values_of(record, change.new_slot(record.id)))
             for state in states:
                 self._put_state(db, state)

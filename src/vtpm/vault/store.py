@@ -77,14 +77,22 @@ class Store(Protocol):
         """Let go of the store. Nothing else may be called afterwards; a second close does nothing."""
         ...
 
-    def create_vtpm(self, record: VtpmRecord, states: Sequence[SavedState] = (), *, event: Event | None = None) -> None:
+    def create_vtpm(
+        self,
+        record: VtpmRecord,
+        states: Sequence[SavedState] = (),
+        *,
+        event: Event | None = None,
+        max_owned: int | None = None,
+    ) -> None:
         """Add a vTPM without an instance: with an OPEN permit and state version 0, or with its first state.
 
         Args:
             states: what it begins with, PERMANENT among them and no VOLATILE; its permit is CONSUMED then.
+            max_owned: how many vTPMs its owner may have with it; None for any number.
         Raises:
             UsageError: the name is not a valid one, or another field is out of its bounds.
-            ConflictError: the name or the id is taken.
+            ConflictError: the name or the id is taken, or the owner has as many as that.
         """
         ...
 

@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 
 from tests.unit.vault.world import KEY, MAC_KEY, Gate, MemoryKeeper
-from vtpm.errors import StateError
+from vtpm.errors import ConflictError, StateError
 from vtpm.manager.access import Caller
 from vtpm.manager.running import Running
 from vtpm.manager.service import ManagerService
@@ -28,8 +28,9 @@ from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.vault import Vault
-from vtpm.wire.api import LifeState, MeasuredServices
-from vtpm.wire.launcher import Ended, InstanceInfo, Instances, NoArgs, Replaced, VtpmArgs
+from vtpm.wire.api import CreateVtpm, LifeState, MeasuredServices
+from vtpm.wire.keeper import NewKey
+from vtpm.wire.launcher import Ended, InstanceInfo, Instances, LauncherStatus, NoArgs, Replaced, VtpmArgs
 from vtpm.wire.manager_link import ShutdownMode
 
 pytestmark = pytest.mark.timeout(30)
@@ -62,6 +63,8 @@ class _Launcher:
         assert timeout_s > 0
         if op == "list":
             return Instances(tuple(self.alive)), ()
+        if op == "status":
+            return LauncherStatus(1, "boot", True, ("process",)), ()
         self.asked.append((op, args))
         if op == "attach":
             info, link = self.alive[RECORD.id].pop(0)
@@ -230,5 +233,18 @@ def test_the_audit_log_says_killed_when_an_orderly_stop_failed(tmp_path: Path, o
         else:
             assert (event.kind, launcher.asked) == ("killed", [("stop", VtpmArgs(RECORD.id))])
             assert "shutdown of web1 failed" in event.detail
+
+    _run(tmp_path, test)
+
+
+def test_only_callers_who_are_no_administrators_are_held_to_their_number_of_vtpms(tmp_path: Path) -> None:
+    async def test(service: ManagerService, launcher: _Launcher) -> None:
+        service._keeper.new_key = Mock(return_value=NewKey(b"wrapped", bytes(32)))  # type: ignore[method-assign]
+        user, root = Caller(7, 7, is_admin=False, may_create=True, max_vtpms=1), Caller(0, 0, is_admin=True)
+        await service.create(CreateVtpm("one"), user)
+        with pytest.raises(ConflictError, match="uid 7 has 1 vTPMs"):
+            await service.create(CreateVtpm("two"), user)
+        for name in ("two", "three"):
+            await service.create(CreateVtpm(name), root)
 
     _run(tmp_path, test)

@@ -479,3 +479,18 @@ def test_vtpms_are_listed_by_owner_and_page_by_page_when_asked_so(store: Store) 
     ids = {record.id for record in records[:3]}
     assert store.owned_by(1000, ids) == {records[0].id, records[2].id}
     assert store.owned_by(1000, {VtpmId(uuid4())}) == set()
+
+
+def test_creation_is_refused_when_the_owner_has_as_many_as_allowed(store: Store) -> None:
+    owned = [dataclasses.replace(new_record(f"web{number}"), owner_uid=1000) for number in range(4)]
+    for record in owned[:3]:
+        store.create_vtpm(record, max_owned=3)
+    with pytest.raises(ConflictError, match="uid 1000 has 3 vTPMs, and may have 3"):
+        store.create_vtpm(owned[3], event=Event(CREATED, 1000, "created", "web3", owned[3].id), max_owned=3)
+    assert store.list_vtpms() == owned[:3]
+    assert store.list_events() == []
+    # Others, and whoever is not bounded, may go on; so may the owner who deletes one.
+    store.create_vtpm(dataclasses.replace(new_record("other"), owner_uid=1001), max_owned=3)
+    store.delete_vtpm(owned[0].id)
+    store.create_vtpm(owned[3], max_owned=3)
+    store.create_vtpm(dataclasses.replace(new_record("more"), owner_uid=1000))
