@@ -90,7 +90,7 @@ class Committer:
         # Not read again, which is slow on hardware. Only this host's keeper can have moved it since the store was
         # opened, and its one client is this manager: the locks of both see to that. A second look would find what moves
         # it before this line, and nothing after it. For both there is the write: the keeper refuses a version that is
-        # not above what the TPM holds, and a refusal ends all acknowledgement.
+        # not above the last that it knows of, and a refusal ends all acknowledgement.
         if store.found_anchor != store.value:
             keeper.write(store.value)
         self._store = store
@@ -102,9 +102,9 @@ class Committer:
         self._retries: list[_Save] = []
         self._retry_at = 0.0
         self._done: list[_Done] = []
-        # The write under way, and what became of the last one: None or its error, in a tuple.
+        # Whether one is under way, and why the last one failed.
         self._writing = False
-        self._written: tuple[BaseException | None] | None = None
+        self._failed: BaseException | None = None
         self._failed_at: float | None = None
         # At most one save of each instance, so that none can fill the queue or a group.
         self._outstanding: dict[InstanceId, _Save] = {}
@@ -165,7 +165,8 @@ class Committer:
 
     def stats(self) -> AnchorStats:
         """Return what there is to say of the anchor. From any thread."""
-        return self._anchoring.stats(time.monotonic())
+        with self._changed:
+            return self._anchoring.stats(time.monotonic())
 
     def close(self) -> None:
         """Finish what waits, each within its patience, anchor all if that is possible, and close the store.
@@ -201,17 +202,17 @@ class Committer:
     def _step(self) -> bool:
         """Wait for the next piece of work and do it; False when there will be none."""
         with self._changed:
-            while not self._saves and not self._calls and self._written is None:
+            while not self._saves and not self._calls and self._failed is None:
                 pause_s = self._pause_s()
                 if pause_s is None and not self._accepting:
                     return False
                 if pause_s is not None and pause_s <= 0:
                     break
                 self._changed.wait(pause_s)
-            written, self._written = self._written, None
+            failed, self._failed = self._failed, None
             self._take()
-        if written is not None:
-            self._note_written(*written)
+        if failed is not None:
+            self._note_failed(failed)
         if self._retries and time.monotonic() >= self._retry_at:
             retries, self._retries = self._retries, []
             # Each alone from now on, so that one that cannot fit holds no other back.
@@ -284,7 +285,7 @@ class Committer:
                 self._fail(save, error)
         else:
             effects = {outcome.effect for outcome in outcomes if isinstance(outcome, SaveAck)}
-            must = self._anchoring.must(prompt_since=0 if SaveEffect.REPLAYED in effects else prompt)
+            must = self._must(prompt_since=0 if SaveEffect.REPLAYED in effects else prompt)
             for save, outcome in zip(group, outcomes, strict=True):
                 if isinstance(outcome, SaveAck):
                     self._wait_for_anchor(_Done(save, outcome, self._store.value.version, must, save.deadline))
@@ -305,9 +306,13 @@ class Committer:
             if self._store.transactions == began:
                 call.future.set_result(result)
             else:
-                must = self._anchoring.must(prompt_since=0)
+                must = self._must(prompt_since=0)
                 deadline = time.monotonic() + call.patience_s
                 self._wait_for_anchor(_Done(call, result, self._store.value.version, must, deadline))
+
+    def _must(self, *, prompt_since: int) -> int:
+        with self._changed:
+            return self._anchoring.must(prompt_since=prompt_since)
 
     def _wait_for_anchor(self, done: _Done) -> None:
         with self._changed:
@@ -316,7 +321,8 @@ class Committer:
     def _acknowledge(self) -> None:
         """Answer what counts by now, and fail what has waited long enough."""
         now = time.monotonic()
-        self._anchoring.changed(now)
+        with self._changed:
+            self._anchoring.changed(now)
         for done in self._take_done(lambda done: self._anchoring.counts(done.version, done.must, now)):
             self._finish(done.item, done.result)
         for done in self._take_done(lambda done: self._anchoring.refusal is not None or done.deadline <= now):
@@ -327,6 +333,8 @@ class Committer:
         with self._changed:
             taken = [done for done in self._done if which(done)]
             self._done = [done for done in self._done if done not in taken] if taken else self._done
+            for done in taken:
+                self._leave(done.item)
         return taken
 
     def _anchor_at(self) -> float | None:
@@ -341,39 +349,42 @@ class Committer:
 
     def _anchor(self) -> None:
         """Have the root record anchored if that is due and none is under way."""
-        anchor_at = self._anchor_at()
-        if anchor_at is None or anchor_at > time.monotonic():
-            return
-        self._writing = True
-        self._to_anchor.put(self._anchoring.begin())
+        with self._changed:
+            anchor_at = self._anchor_at()
+            if anchor_at is not None and anchor_at <= time.monotonic():
+                self._writing = True
+                self._to_anchor.put(self._anchoring.begin())
 
     def _write_anchors(self) -> None:
-        """Write to the platform TPM, in a thread of its own, and hand over what became of each write."""
-        while (anchored := self._to_anchor.get()) is not None:
-            error: BaseException | None = None
+        """Write to the platform TPM, in a thread of its own; answer what counts by that, or hand the error over."""
+        while (value := self._to_anchor.get()) is not None:
             try:
-                self._keeper.write(anchored)
-            except BaseException as failure:  # noqa: BLE001 - handed to the committer's thread
-                error = failure
+                self._keeper.write(value)
+            except BaseException as error:  # noqa: BLE001 - handed to the committer's thread
+                with self._changed:
+                    self._failed = error
+                    self._changed.notify()
             else:
-                # From this thread: what a guest waits for need not wait until the committer's is woken.
-                for done in self._take_done(lambda done: done.version <= anchored.version):  # noqa: B023
-                    self._finish(done.item, done.result)
-            with self._changed:
-                self._written = (error,)
-                self._changed.notify()
+                self._note_anchored(value)
 
-    def _note_written(self, error: BaseException | None) -> None:
-        self._writing = False
-        if error is None:
-            self._anchoring.succeeded()
+    def _note_anchored(self, value: AnchorValue) -> None:
+        """Answer what waited for this anchor. In the anchor's thread: a guest need not wait until another is woken."""
+        with self._changed:
+            self._writing = False
             self._failed_at = None
-        elif isinstance(error, VtpmError):
-            self._anchoring.failed(error)
-            self._failed_at = time.monotonic()
-            _log.warning("the anchor was not written: %s", error)
-        else:
+            self._anchoring.succeeded()
+            self._changed.notify()
+        for done in self._take_done(lambda done: done.version <= value.version):
+            self._finish(done.item, done.result)
+
+    def _note_failed(self, error: BaseException) -> None:
+        if not isinstance(error, VtpmError):
             raise error
+        with self._changed:
+            self._writing = False
+            self._failed_at = time.monotonic()
+            self._anchoring.failed(error)
+        _log.warning("the anchor was not written: %s", error)
 
     def _not_anchored(self) -> VtpmError:
         if self._anchoring.refusal is not None:
@@ -420,6 +431,8 @@ class Committer:
             unanswered: list[_Save | _Call] = [*self._outstanding.values()]
             unanswered += [item for item in (*self._turn, *self._calls) if isinstance(item, _Call)]
             unanswered += [done.item for done in self._done if isinstance(done.item, _Call)]
+            # A write to the platform TPM that comes back later has nobody to answer.
+            self._done = []
         for item in unanswered:
             self._fail(item, self._ended(cause))
         self._to_anchor.put(None)
