@@ -19,8 +19,7 @@ from vtpm.platform_tpm.nv_index import taken_handles
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import ZeroPcrs
-from vtpm.platform_tpm.sealed_blob import SealedBlob
-from vtpm.platform_tpm.sealing import Indexes
+from vtpm.platform_tpm.sealed_blob import Indexes, SealedBlob
 from vtpm.platform_tpm.write_authority import WriteAuthority
 from vtpm.secret import Secret
 

@@ -19,10 +19,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from vtpm.errors import PlatformTpmError, StateError, StoreError
 from vtpm.keeper.durable_file import read_file, replace_file, sync_directory, write_new
 from vtpm.platform_tpm.pcrs import PcrSelection
-from vtpm.platform_tpm.platform_tpm import NO_INDEXES, PlatformTpm
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import PcrSet, ZeroPcrs
-from vtpm.platform_tpm.sealed_blob import MAX_BLOB_BYTES, SealedBlob
-from vtpm.platform_tpm.sealing import Indexes
+from vtpm.platform_tpm.sealed_blob import MAX_BLOB_BYTES, NO_INDEXES, Indexes, SealedBlob
 from vtpm.secret import KEY_BYTES, Secret
 
 ROOT_FILE = "root.sealed"

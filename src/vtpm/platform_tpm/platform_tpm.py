@@ -19,8 +19,8 @@ from vtpm.platform_tpm.anchor import AnchorIndex, anchor_index
 from vtpm.platform_tpm.connection import PT_MANUFACTURER, Connection
 from vtpm.platform_tpm.pcrs import PCR_COUNT, PcrBank, PcrSelection
 from vtpm.platform_tpm.root_policy import PcrSet, PcrSets, ZeroPcrs, checked, refuse_zeros, with_set, without_set
-from vtpm.platform_tpm.sealed_blob import SealedBlob
-from vtpm.platform_tpm.sealing import Indexes, OpenedRoot
+from vtpm.platform_tpm.sealed_blob import NO_INDEXES, Indexes, SealedBlob
+from vtpm.platform_tpm.sealing import OpenedRoot
 from vtpm.platform_tpm.write_authority import WriteAuthority
 from vtpm.secret import Secret
 
@@ -32,7 +32,6 @@ MAX_RANDOM_BYTES = 1024
 _PT_VENDOR_STRINGS = (0x106, 0x107, 0x108, 0x109)
 _PT_FIRMWARE_VERSIONS = (0x10B, 0x10C)
 
-NO_INDEXES = Indexes()
 Save = Callable[[SealedBlob], None]
 """Makes a blob durable in the place of the one before; called in the caller's thread, and free to raise."""
 

@@ -62,6 +62,22 @@ class IndexRef:
 
 
 @dataclass(frozen=True)
+class Indexes:
+    """The NV indexes of a root key, as far as the TPM has them.
+
+    Args:
+        srk_name: TPM Name of its storage primary key: other TPMs may have indexes of the same Names.
+    """
+
+    policy: IndexRef | None = None
+    anchor: IndexRef | None = None
+    srk_name: bytes = b""
+
+
+NO_INDEXES = Indexes()
+
+
+@dataclass(frozen=True)
 class SealedBlob:
     """The root key sealed by one TPM, under a policy that an index of the TPM approves.
 

@@ -39,7 +39,7 @@ from vtpm.platform_tpm.root_policy import (
     authorize_nv_digest,
     branches,
 )
-from vtpm.platform_tpm.sealed_blob import IndexRef, SealedBlob
+from vtpm.platform_tpm.sealed_blob import Indexes, IndexRef, SealedBlob
 from vtpm.platform_tpm.write_authority import WriteAuthority
 from vtpm.secret import Secret
 
@@ -60,19 +60,6 @@ class OpenedRoot:
     root: Secret = field(repr=False)
     allowed: PcrSets
     opened_by: PcrSet
-
-
-@dataclass(frozen=True)
-class Indexes:
-    """The NV indexes of a root key, as far as the TPM has them.
-
-    Args:
-        srk_name: TPM Name of its storage primary key: other TPMs may have indexes of the same Names.
-    """
-
-    policy: IndexRef | None = None
-    anchor: IndexRef | None = None
-    srk_name: bytes = b""
 
 
 def policy_index(handle: int, authority: WriteAuthority) -> NvIndex:
