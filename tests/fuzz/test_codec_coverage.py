@@ -33,6 +33,7 @@ class HeldBy:
 CODECS = {
     "wire/framing": HeldBy("wire/test_framing*.py", "framing", 85),
     "wire/fields": HeldBy("wire/test_manager_link*.py", "manager_link", 60),
+    "wire/message_codec": HeldBy("wire/test_manager_link*.py", "manager_link", 85),
     "wire/manager_link": HeldBy("wire/test_manager_link*.py", "manager_link", 70),
     "wire/manager_link_peers": HeldBy("wire/test_manager_link*.py", "manager_link", 95),
     "wire/guest_port": HeldBy("wire/test_guest_port.py", "guest_port", 75),

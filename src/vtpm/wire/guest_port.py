@@ -9,7 +9,6 @@ messages. For the relay and the instance.
 from __future__ import annotations
 
 import enum
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +17,9 @@ from vtpm.errors import ProtocolError
 from vtpm.tpm.headers import MAX_COMMAND_BYTES, CommandHeader, ResponseHeader
 from vtpm.tpm.types import MAX_LOCALITY, TpmVersion
 from vtpm.wire.emulator import Command, ControlDecoder, Malformed, Request, SetStateBlob, encode_request
-from vtpm.wire.fields import Field, choice, fixed, number, read_fields, rest, text, write_fields
+from vtpm.wire.fields import Field, choice, fixed, number, rest, text
 from vtpm.wire.instance_spec import Role
+from vtpm.wire.message_codec import HEADER, MAX_NUMBER, Layout, MessageCodec, Numbered
 
 GUEST_PORT = "org.vtpm.guest"
 """Name of the virtio-serial port that carries these messages."""
@@ -27,9 +27,8 @@ MANAGER_PORT = "org.vtpm.manager"
 """Name of the one that carries the manager link."""
 
 PORT_VERSION = 1
-HEADER = struct.Struct(">BBHI")
 SESSION_BYTES = 8
-MAX_CONNECTION = 2**32 - 1
+MAX_CONNECTION = MAX_NUMBER
 MAX_REPLY_BYTES = 4096
 """Bound on a whole control reply; no reply that a vtpmd gives is longer than that of GET_INFO, 3084 bytes."""
 MAX_NOTE_BYTES = 200
@@ -213,8 +212,8 @@ _CONNECTION = number("I", least=1)
 _U32 = number("I")
 _SESSION = fixed(SESSION_BYTES)
 
-_LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, Field]]] = {
-    Hello: (
+_LAYOUTS: Mapping[type[Any], Layout] = {
+    Hello: Layout(
         0x01,
         Direction.TO_VM,
         {
@@ -228,37 +227,31 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, Field]]] = {
             "uid": _U32,
         },
     ),
-    Open: (0x02, Direction.TO_VM, {"kind": _KIND, "uid": _U32}),
-    Close: (0x03, Direction.TO_VM, {}),
-    Control: (0x04, Direction.TO_VM, {"request": Field(_write_request, _read_request)}),
-    DataFd: (0x05, Direction.TO_VM, {"data": _CONNECTION}),
-    TpmRequest: (
+    Open: Layout(0x02, Direction.TO_VM, {"kind": _KIND, "uid": _U32}),
+    Close: Layout(0x03, Direction.TO_VM, {}),
+    Control: Layout(0x04, Direction.TO_VM, {"request": Field(_write_request, _read_request)}),
+    DataFd: Layout(0x05, Direction.TO_VM, {"data": _CONNECTION}),
+    TpmRequest: Layout(
         0x06,
         Direction.TO_VM,
         {"locality": _CLIENTS_LOCALITY, "data": _whole(CommandHeader)},
     ),
-    Note: (0x07, Direction.TO_VM, {"message": text(MAX_NOTE_BYTES)}),
-    Ready: (0x81, Direction.TO_RELAY, {"session": _SESSION}),
-    Reply: (0x82, Direction.TO_RELAY, {"data": rest(MAX_REPLY_BYTES, least=_LEAST_REPLY_BYTES)}),
-    Response: (0x83, Direction.TO_RELAY, {"data": _whole(ResponseHeader)}),
-    Power: (0x84, Direction.TO_RELAY, {"powered": _BOOL}),
-    Closed: (0x85, Direction.TO_RELAY, {}),
-    Ended: (0x86, Direction.TO_RELAY, {"status": number("B")}),
+    Note: Layout(0x07, Direction.TO_VM, {"message": text(MAX_NOTE_BYTES)}),
+    Ready: Layout(0x81, Direction.TO_RELAY, {"session": _SESSION}),
+    Reply: Layout(0x82, Direction.TO_RELAY, {"data": rest(MAX_REPLY_BYTES, least=_LEAST_REPLY_BYTES)}),
+    Response: Layout(0x83, Direction.TO_RELAY, {"data": _whole(ResponseHeader)}),
+    Power: Layout(0x84, Direction.TO_RELAY, {"powered": _BOOL}),
+    Closed: Layout(0x85, Direction.TO_RELAY, {}),
+    Ended: Layout(0x86, Direction.TO_RELAY, {"status": number("B")}),
 }
-_BY_TYPE = {code: (cls, direction, fields) for cls, (code, direction, fields) in _LAYOUTS.items()}
+_CODEC = MessageCodec[Message](
+    "a message of the guest port", PORT_VERSION, MAX_BODY_BYTES, Numbered("connection", "connection"), _LAYOUTS
+)
 
 
 def encode_message(message: Message) -> bytes:
-    """Return the body of a message.
-
-    Raises:
-        ProtocolError: a field is out of its bounds.
-    """
-    code, _, fields = _LAYOUTS[type(message)]
-    connection = getattr(message, "connection", None)
-    if connection is not None and not 1 <= connection <= MAX_CONNECTION:
-        raise ProtocolError(f"the connection {connection} is not within 1 to {MAX_CONNECTION}")
-    return HEADER.pack(PORT_VERSION, code, 0, connection or 0) + write_fields(message, fields)
+    """Return the body of a message. Raises ProtocolError: a field is out of its bounds."""
+    return _CODEC.encode(message)
 
 
 def decode_message(body: bytes, direction: Direction) -> Message:
@@ -267,19 +260,4 @@ def decode_message(body: bytes, direction: Direction) -> Message:
     Raises:
         ProtocolError: it is not exactly a message of that direction with all its fields within bounds.
     """
-    if not HEADER.size <= len(body) <= MAX_BODY_BYTES:
-        raise ProtocolError(f"a message of the guest port has {len(body)} bytes")
-    version, code, reserved, connection = HEADER.unpack_from(body)
-    if version != PORT_VERSION:
-        raise ProtocolError(f"a message of the guest port has version {version}, this is {PORT_VERSION}")
-    if code not in _BY_TYPE or _BY_TYPE[code][1] is not direction:
-        raise ProtocolError(f"a message of the guest port has the type 0x{code:02x}, unknown from {direction.value}")
-    cls, _, fields = _BY_TYPE[code]
-    has_connection = "connection" in cls.__dataclass_fields__
-    if reserved or bool(connection) is not has_connection:
-        raise ProtocolError(f"a {cls.__name__} has a reserved field set, or a connection where it must not")
-    values = read_fields(cls.__name__, fields, body[HEADER.size :])
-    if has_connection:
-        values["connection"] = connection
-    message: Message = cls(**values)
-    return message
+    return _CODEC.decode(body, direction)

@@ -8,20 +8,18 @@ messages together are in `manager_link_peers`. May be imported by everyone.
 from __future__ import annotations
 
 import enum
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtpm.errors import ProtocolError
 from vtpm.tpm.types import MAX_STATE_BYTES, Startup, StateKind, TpmVersion
-from vtpm.wire.fields import Field, choice, fixed, number, read_fields, rest, text, write_fields
+from vtpm.wire.fields import choice, fixed, number, rest, text
+from vtpm.wire.message_codec import MAX_NUMBER, Layout, MessageCodec, Numbered
 
 LINK_VERSION = 1
-HEADER = struct.Struct(">BBHI")
 MAX_CHUNK_BYTES = 48 * 1024
 MAX_BODY_BYTES = MAX_CHUNK_BYTES + 64
-MAX_SEQ = 2**32 - 1
+MAX_SEQ = MAX_NUMBER
 SESSION_BYTES = 16
 PERMIT_BYTES = 16
 DIGEST_BYTES = 32
@@ -258,22 +256,22 @@ _CODE = text(MAX_CODE_BYTES)
 _TEXT = text(MAX_TEXT_BYTES)
 _DATA = rest(MAX_CHUNK_BYTES, least=1)
 
-_LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, Field]]] = {
-    Hello: (0x01, Direction.TO_INSTANCE, {"session": fixed(SESSION_BYTES)}),
-    PowerOn: (0x02, Direction.TO_INSTANCE, {"startup": _STARTUP}),
-    Shutdown: (0x03, Direction.TO_INSTANCE, {"mode": _MODE}),
-    StateChunk: (
+_LAYOUTS: Mapping[type[Any], Layout] = {
+    Hello: Layout(0x01, Direction.TO_INSTANCE, {"session": fixed(SESSION_BYTES)}),
+    PowerOn: Layout(0x02, Direction.TO_INSTANCE, {"startup": _STARTUP}),
+    Shutdown: Layout(0x03, Direction.TO_INSTANCE, {"mode": _MODE}),
+    StateChunk: Layout(
         0x04,
         Direction.TO_INSTANCE,
         {"kind": _KIND, "total": _SIZE, "offset": _SIZE, "data": _DATA},
     ),
-    StateEnd: (0x05, Direction.TO_INSTANCE, {"digest": fixed(DIGEST_BYTES)}),
-    Permit: (0x06, Direction.TO_INSTANCE, {"permit_id": fixed(PERMIT_BYTES)}),
-    LoadError: (0x07, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
-    Saved: (0x08, Direction.TO_INSTANCE, {}),
-    SaveError: (0x09, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
-    AskLockout: (0x0A, Direction.TO_INSTANCE, {}),
-    Ready: (
+    StateEnd: Layout(0x05, Direction.TO_INSTANCE, {"digest": fixed(DIGEST_BYTES)}),
+    Permit: Layout(0x06, Direction.TO_INSTANCE, {"permit_id": fixed(PERMIT_BYTES)}),
+    LoadError: Layout(0x07, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
+    Saved: Layout(0x08, Direction.TO_INSTANCE, {}),
+    SaveError: Layout(0x09, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
+    AskLockout: Layout(0x0A, Direction.TO_INSTANCE, {}),
+    Ready: Layout(
         0x81,
         Direction.TO_MANAGER,
         {
@@ -285,37 +283,31 @@ _LAYOUTS: Mapping[type[Any], tuple[int, Direction, Mapping[str, Field]]] = {
             "last_seq": _U32,
         },
     ),
-    Load: (0x82, Direction.TO_MANAGER, {}),
-    SaveBegin: (
+    Load: Layout(0x82, Direction.TO_MANAGER, {}),
+    SaveBegin: Layout(
         0x83,
         Direction.TO_MANAGER,
         {"kind": _KIND, "total": _SIZE, "permit_id": fixed(PERMIT_BYTES), "digest": fixed(DIGEST_BYTES)},
     ),
-    SaveChunk: (0x84, Direction.TO_MANAGER, {"offset": _SIZE, "data": _DATA}),
-    PowerChanged: (0x85, Direction.TO_MANAGER, {"power": _POWER, "why": _TEXT}),
-    ClientChanged: (0x86, Direction.TO_MANAGER, {"client": _CLIENT, "pid": _U32, "uid": _U32}),
-    Done: (0x87, Direction.TO_MANAGER, {"code": _CODE, "message": _TEXT}),
-    Note: (0x88, Direction.TO_MANAGER, {"message": _TEXT}),
-    LockoutChanged: (
+    SaveChunk: Layout(0x84, Direction.TO_MANAGER, {"offset": _SIZE, "data": _DATA}),
+    PowerChanged: Layout(0x85, Direction.TO_MANAGER, {"power": _POWER, "why": _TEXT}),
+    ClientChanged: Layout(0x86, Direction.TO_MANAGER, {"client": _CLIENT, "pid": _U32, "uid": _U32}),
+    Done: Layout(0x87, Direction.TO_MANAGER, {"code": _CODE, "message": _TEXT}),
+    Note: Layout(0x88, Direction.TO_MANAGER, {"message": _TEXT}),
+    LockoutChanged: Layout(
         0x89,
         Direction.TO_MANAGER,
         {"locked": _BOOL, "failed_tries": _U32, "max_tries": _U32, "interval_s": _U32, "since": _UNIX_TIME},
     ),
 }
-_BY_TYPE = {code: (cls, direction, fields) for cls, (code, direction, fields) in _LAYOUTS.items()}
+_CODEC = MessageCodec[Message](
+    "a link message", LINK_VERSION, MAX_BODY_BYTES, Numbered("seq", "sequence number"), _LAYOUTS
+)
 
 
 def encode_message(message: Message) -> bytes:
-    """Return the body of a message.
-
-    Raises:
-        ProtocolError: a field is out of its bounds.
-    """
-    code, _, fields = _LAYOUTS[type(message)]
-    seq = getattr(message, "seq", None)
-    if seq is not None and not 1 <= seq <= MAX_SEQ:
-        raise ProtocolError(f"the sequence number {seq} is not within 1 to {MAX_SEQ}")
-    return HEADER.pack(LINK_VERSION, code, 0, seq or 0) + write_fields(message, fields)
+    """Return the body of a message. Raises ProtocolError: a field is out of its bounds."""
+    return _CODEC.encode(message)
 
 
 def decode_message(body: bytes, direction: Direction) -> Message:
@@ -324,19 +316,4 @@ def decode_message(body: bytes, direction: Direction) -> Message:
     Raises:
         ProtocolError: it is not exactly a message of that direction with all its fields within bounds.
     """
-    if not HEADER.size <= len(body) <= MAX_BODY_BYTES:
-        raise ProtocolError(f"a link message has {len(body)} bytes")
-    version, code, reserved, seq = HEADER.unpack_from(body)
-    if version != LINK_VERSION:
-        raise ProtocolError(f"a link message has version {version}, this is {LINK_VERSION}")
-    if code not in _BY_TYPE or _BY_TYPE[code][1] is not direction:
-        raise ProtocolError(f"a link message has the type 0x{code:02x}, unknown from {direction.value}")
-    cls, _, fields = _BY_TYPE[code]
-    has_seq = "seq" in cls.__dataclass_fields__
-    if reserved or bool(seq) is not has_seq:
-        raise ProtocolError(f"a {cls.__name__} has a reserved field set, or a sequence number where it must not")
-    values = read_fields(cls.__name__, fields, body[HEADER.size :])
-    if has_seq:
-        values["seq"] = seq
-    message: Message = cls(**values)
-    return message
+    return _CODEC.decode(body, direction)
