@@ -324,12 +324,12 @@ class Committer:
         with self._changed:
             self._anchoring.changed(now)
         for done in self._take_done(lambda done: self._anchoring.counts(done.version, done.must, now)):
-            self._finish(done.item, done.result)
+            done.item.future.set_result(done.result)
         for done in self._take_done(lambda done: self._anchoring.refusal is not None or done.deadline <= now):
-            self._fail(done.item, self._not_anchored())
+            done.item.future.set_exception(self._not_anchored())
 
     def _take_done(self, which: Callable[[_Done], bool]) -> list[_Done]:
-        """Take out of what waits for the anchor that which need not wait any longer; whoever takes it answers it."""
+        """Take out what need not wait for the anchor any longer; it has left, and whoever takes it answers it."""
         with self._changed:
             taken = [done for done in self._done if which(done)]
             self._done = [done for done in self._done if done not in taken] if taken else self._done
@@ -375,7 +375,7 @@ class Committer:
             self._anchoring.succeeded()
             self._changed.notify()
         for done in self._take_done(lambda done: done.version <= value.version):
-            self._finish(done.item, done.result)
+            done.item.future.set_result(done.result)
 
     def _note_failed(self, error: BaseException) -> None:
         if not isinstance(error, VtpmError):
@@ -408,10 +408,6 @@ class Committer:
         if self._broken:
             self._store.reopen()
             self._broken = False
-
-    def _finish(self, item: _Save | _Call, result: Any) -> None:
-        self._leave(item)
-        item.future.set_result(result)
 
     def _fail(self, item: _Save | _Call, error: BaseException) -> None:
         self._leave(item)
