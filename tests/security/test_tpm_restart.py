@@ -11,7 +11,7 @@ import pytest
 from tests.fault.writer import Writer, closing, data_socket
 from tests.support.host import Host
 from tests.support.processes import short_directory
-from tests.support.swtpm import SwtpmPlatform
+from tests.support.swtpm import SwtpmPlatform, booted_platform
 from vtpm.errors import PlatformTpmError
 from vtpm.platform_tpm.anchor import Anchor
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
@@ -26,13 +26,9 @@ RESTARTS = 3
 
 @pytest.fixture
 def platform() -> Iterator[SwtpmPlatform]:
-    """Hardware, as far as the host can tell, with a boot measured into PCR 0."""
-    with short_directory() as folder:
-        (folder / "hw").mkdir()
-        (folder / "hw").chmod(0o711)
-        with SwtpmPlatform(folder / "hw") as platform:
-            platform.extend(0, "firmware")
-            yield platform
+    """See booted_platform."""
+    with booted_platform() as platform:
+        yield platform
 
 
 def test_anchor_is_intact_and_resets_are_reported_when_the_tpm_restarts_under_a_running_host(

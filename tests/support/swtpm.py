@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.processes import short_directory
+from vtpm.platform_tpm.pcrs import PcrSelection
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.tpm.types import TpmVersion
 
 START_TIMEOUT_S = 10.0
@@ -136,6 +140,11 @@ class SwtpmPlatform:
             capture_output=True,
         )
 
+    def pcr(self, index: int) -> bytes:
+        """Return a PCR of the SHA-256 bank, asked while no keeper has the TPM."""
+        with PlatformTpm(self.tcti) as tpm:
+            return tpm.pcr_values(PcrSelection.parse(f"sha256:{index}"))[index]
+
     def __enter__(self) -> Self:
         return self.start()
 
@@ -143,3 +152,16 @@ class SwtpmPlatform:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+@contextlib.contextmanager
+def booted_platform() -> Iterator[SwtpmPlatform]:
+    """Yield hardware, as far as the host can tell, with a boot measured into PCR 0; it takes one client at a time."""
+    with short_directory() as folder:
+        home = folder / "hw"
+        home.mkdir()
+        # Services that are not root pass through, as through /dev.
+        home.chmod(0o711)
+        with SwtpmPlatform(home) as platform:
+            platform.extend(0, "firmware")
+            yield platform

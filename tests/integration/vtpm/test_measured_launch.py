@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.host import Host, kill_process
 from tests.support.installation import Installation
-from tests.support.processes import short_directory
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.client.manager_client import ManagerClient
 from vtpm.errors import AccessDeniedError, ConflictError, StateError
-from vtpm.platform_tpm.pcrs import PcrSelection
-from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 from vtpm.tpm.launch_log import Launch, decode, encode
 from vtpm.wire.api import LifeState
@@ -26,30 +22,6 @@ pytestmark = pytest.mark.timeout(180)
 PCR = 12
 MODULE = "vtpm.instance.outbox"
 """Of what an instance runs, and no service."""
-
-
-@pytest.fixture
-def platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwtpmPlatform]:
-    """Hardware, as far as the host can tell, with a boot measured into PCR 0; it takes one client at a time."""
-    monkeypatch.setenv("TSS2_LOG", "all+none")
-    with short_directory() as folder:
-        (folder / "hw").mkdir()
-        (folder / "hw").chmod(0o711)
-        with SwtpmPlatform(folder / "hw") as platform:
-            platform.extend(0, "firmware")
-            yield platform
-
-
-@pytest.fixture
-def installed() -> Iterator[Installation]:
-    with short_directory() as folder:
-        yield Installation(folder)
-
-
-def pcr(platform: SwtpmPlatform) -> str:
-    """Return the PCR, asked while no keeper has the TPM."""
-    with PlatformTpm(platform.tcti) as tpm:
-        return tpm.pcr_values(PcrSelection.parse(f"sha256:{PCR}"))[PCR].hex()
 
 
 def log_path(host: Host) -> Path:
@@ -88,13 +60,13 @@ def test_pcr_is_what_tpm2_eventlog_replays_and_two_starts_extend_it_once(platfor
         shown = json.loads(host.cli("policy", "launches", "--json").stdout)
         assert shown["replays"] and shown["value"] == replayed(host)
         host.shut_down()
-        assert pcr(platform) == replayed(host)
+        assert platform.pcr(PCR).hex() == replayed(host)
         platform.reboot()
         host.start()
         client.start("web1")
         assert launches(client) == [("process", measurement)]
         host.shut_down()
-        assert pcr(platform) == replayed(host)
+        assert platform.pcr(PCR).hex() == replayed(host)
 
 
 def test_same_code_measures_into_the_embedded_tpm_and_tells_what_else_was_extended() -> None:
@@ -120,7 +92,7 @@ def test_pcr_is_extended_by_the_next_start_when_the_keeper_was_killed_after_the_
         assert launches(client) == [("process", measurement), ("process", "ab" * 32)]
         assert client.launches().replays
         host.shut_down()
-        assert pcr(platform) == replayed(host) == pending.value.hex()
+        assert platform.pcr(PCR).hex() == replayed(host) == pending.value.hex()
 
 
 def test_a_log_that_is_gone_forged_or_not_all_is_told(platform: SwtpmPlatform) -> None:
@@ -151,7 +123,7 @@ def test_a_log_that_is_gone_forged_or_not_all_is_told(platform: SwtpmPlatform) -
         assert [bool(entry.held) for entry in entries] == [False, True, False]
         assert "something else extended PCR 12" in client.launches().doubt
         host.shut_down()
-        assert pcr(platform) == decode(log_path(host).read_bytes(), HashAlgorithm.SHA256, PCR).value.hex()
+        assert platform.pcr(PCR).hex() == decode(log_path(host).read_bytes(), HashAlgorithm.SHA256, PCR).value.hex()
 
 
 def test_changed_vtpmd_gets_no_state_until_it_is_allowed_and_replaces_none_that_runs(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,37 +20,11 @@ from vtpm.confine.interpreter import ENVIRONMENT
 from vtpm.errors import PlatformTpmError
 from vtpm.measurement.closure import find_closure
 from vtpm.measurement.record import Record, boot_dir, predict, read_record, write_record
-from vtpm.platform_tpm.pcrs import PcrSelection
-from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.starter.main import _ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(180)
 ZERO = bytes(32)
 LOCKED = "PCRs changed in bank sha256: 13"
-
-
-@pytest.fixture
-def platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwtpmPlatform]:
-    """Hardware, as far as the host can tell, with a boot measured into PCR 0; it takes one client at a time."""
-    monkeypatch.setenv("TSS2_LOG", "all+none")
-    with short_directory() as folder:
-        (folder / "hw").mkdir()
-        (folder / "hw").chmod(0o711)
-        with SwtpmPlatform(folder / "hw") as platform:
-            platform.extend(0, "firmware")
-            yield platform
-
-
-@pytest.fixture
-def installed() -> Iterator[Installation]:
-    with short_directory() as folder:
-        yield Installation(folder)
-
-
-def _pcr(platform: SwtpmPlatform, index: int = 13) -> bytes:
-    """Return a PCR, asked while no keeper has the TPM."""
-    with PlatformTpm(platform.tcti) as tpm:
-        return tpm.pcr_values(PcrSelection.parse(f"sha256:{index}"))[index]
 
 
 def _record(host: Host) -> Record:
@@ -99,14 +72,14 @@ def test_services_are_extended_once_in_a_boot_however_often_they_start(platform:
             assert client.start("web").name == "web"
             client.stop("web")
         host.shut_down()
-        assert _pcr(platform) == predict("sha256", ZERO, (digest,))
+        assert platform.pcr(13) == predict("sha256", ZERO, (digest,))
         assert host.log().count("measured into PCR 13") == 1
         platform.reboot()
         host.start()
         client.start("web")
         client.stop("web")
         host.shut_down()
-        assert _pcr(platform) == predict("sha256", ZERO, (digest,))
+        assert platform.pcr(13) == predict("sha256", ZERO, (digest,))
 
 
 def test_root_key_is_locked_after_a_reboot_when_a_module_changed_and_opens_when_that_was_allowed(
@@ -179,7 +152,7 @@ def test_upgraded_manager_is_measured_through_the_keeper_and_running_vtpms_lose_
         host.cli("policy", "allow", "after-reboot", "--services")
         client.stop("web")
         _power_off(host)
-        assert _pcr(platform) == predict("sha256", ZERO, (old, new))
+        assert platform.pcr(13) == predict("sha256", ZERO, (old, new))
         host.start()
         _refused(client)
         _power_off(host)
@@ -243,7 +216,7 @@ def test_second_start_changes_nothing_when_a_manager_serves(platform: SwtpmPlatf
         assert again.returncode == 4, again.stderr
         record = _record(host)
         host.shut_down()
-        assert _pcr(platform) == predict("sha256", ZERO, (record.running,))
+        assert platform.pcr(13) == predict("sha256", ZERO, (record.running,))
 
 
 def test_planted_compiled_file_is_not_executed_when_the_services_are_measured(
@@ -338,7 +311,7 @@ def test_manager_may_not_extend_what_it_was_measured_into(platform: SwtpmPlatfor
         assert run_as_other_user(code, [str(host.run_dir)], uid).split() == ["13", "refused"]
         record = _record(host)
         host.shut_down()
-        assert _pcr(platform) == predict("sha256", ZERO, (record.running,))
+        assert platform.pcr(13) == predict("sha256", ZERO, (record.running,))
 
 
 def test_nothing_is_measured_when_the_platform_tpm_is_embedded() -> None:
@@ -355,7 +328,7 @@ def test_nothing_is_measured_when_that_is_switched_off(platform: SwtpmPlatform) 
         refused = host.cli("policy", "predict", "--services", check=False)
         assert "not measured" in refused.stderr
         host.shut_down()
-        assert _pcr(platform) == ZERO
+        assert platform.pcr(13) == ZERO
 
 
 def test_new_root_key_is_refused_when_nothing_but_vtpm_measured_the_boot(platform: SwtpmPlatform) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,17 +21,6 @@ from vtpm.wire.api import LifeState
 
 pytestmark = pytest.mark.timeout(180)
 EACH_COMMIT = 'anchor = "each-commit"\n'
-
-
-@pytest.fixture
-def platform() -> Iterator[SwtpmPlatform]:
-    """Hardware, as far as the host can tell, with a boot measured into PCR 0."""
-    with short_directory() as folder:
-        (folder / "hw").mkdir()
-        (folder / "hw").chmod(0o711)
-        with SwtpmPlatform(folder / "hw") as platform:
-            platform.extend(0, "firmware")
-            yield platform
 
 
 def _started(client: ManagerClient, name: str = "web") -> Writer:
