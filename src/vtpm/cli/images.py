@@ -66,9 +66,9 @@ def build(session: Session, images: Path | None, lock_file: Path | None, cache: 
 @pass_session
 def list_images(session: Session, images: Path | None) -> None:
     """List the images that there are; what they hold is not verified."""
-    from vtpm.image.opened import read_manifest
+    from vtpm.image.opened import image_folders, read_manifest
 
-    found = [(folder, read_manifest(folder)) for folder in _folders(_images(images))]
+    found = [(folder, read_manifest(folder)) for folder in image_folders(_images(images))]
     if session.output is Output.JSON:
         print_json([{"name": m.name, "measurement": m.measurement, "folder": str(folder)} for folder, m in found])
         return
@@ -134,15 +134,12 @@ def _images(chosen: Path | None) -> Path:
     return chosen or default_image_dir(os.geteuid(), os.environ)
 
 
-def _folders(images: Path) -> list[Path]:
-    # Drafts have a name with a dot at its start.
-    return sorted(folder for folder in images.glob("*/[0-9a-f]*") if folder.is_dir())
-
-
 def _find(images: Path, prefix: str) -> Path:
     if len(prefix) < _SHORTEST_PREFIX:
         raise UsageError(f"{prefix!r} is too short: give {_SHORTEST_PREFIX} or more characters of the measurement")
-    found = [folder for folder in _folders(images) if folder.name.startswith(prefix)]
+    from vtpm.image.opened import image_folders
+
+    found = [folder for folder in image_folders(images) if folder.name.startswith(prefix)]
     if not found:
         raise NotFoundError(f"no image in {images} has a measurement that starts with {prefix}")
     if len(found) > 1:

@@ -23,8 +23,9 @@ from vtpm.domains.base import ORDERLY, DomainPlan, RunningDomain
 from vtpm.domains.process import ConfinedProcess, identity
 from vtpm.domains.vm_command import QEMU, SANDBOX, VmFd, vm_arguments
 from vtpm.errors import ConfinementError, DomainError, NotFoundError
-from vtpm.image.opened import OpenImage
+from vtpm.image.opened import OpenImage, image_folders
 from vtpm.wire.instance_spec import InstanceFd, RelayExit, RelayFd
+from vtpm.wire.unix_socket import enter_socket_pair
 
 RELAY_TARGET = "vtpm.relay.main:prepare"
 MONITOR_TIMEOUT_S = 10.0
@@ -91,9 +92,12 @@ class QemuDomain:
             if not self._accelerator:
                 self._accelerator = await accelerator.choose(self._wanted)
             newest = await asyncio.to_thread(newest_image, self._images)
-            if self._image is None or newest.name != self._image.measurement:
-                # The descriptors of the one before are those of machines that were started with it, too.
-                self._image = await asyncio.to_thread(OpenImage, newest)
+            if self._image is not None and newest.name == self._image.measurement:
+                return
+            image, self._image = self._image, await asyncio.to_thread(OpenImage, newest)
+            if image is not None:
+                # A machine that was started with it has descriptors of its own.
+                image.close()
 
     def _prepared(self) -> OpenImage:
         if self._image is None:
@@ -103,9 +107,9 @@ class QemuDomain:
     def start(self, plan: DomainPlan) -> RunningDomain:
         """Start relay and virtual machine, the latter halted; see Domain."""
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-            monitor, their_monitor = _socket_pair(undo, theirs)
-            hold, their_hold = _socket_pair(undo, theirs)
-            relay_port, vm_port = _socket_pair(theirs, theirs)
+            monitor, their_monitor = enter_socket_pair(undo, theirs)
+            hold, their_hold = enter_socket_pair(undo, theirs)
+            relay_port, vm_port = enter_socket_pair(theirs, theirs)
             relay = _start_relay(plan, relay_port.fileno())
             undo.callback(_end, relay)
             fds = {
@@ -121,7 +125,7 @@ class QemuDomain:
         return QemuMachine(plan.name, relay, machine, monitor, hold)
 
     def _start_machine(self, plan: DomainPlan, fds: Mapping[VmFd, int]) -> ConfinedProcess:
-        devices = ("/dev/kvm",) if self._accelerator == "kvm" else ()
+        devices = ("/dev/kvm",) if self._accelerator == accelerator.KVM else ()
         spec = ConfinementSpec(
             program="vtpm-vm",
             target=execute.TARGET,
@@ -224,7 +228,7 @@ class QemuMachine:
 
 def newest_image(images: Path) -> Path:
     """Return the folder of the image that was built last. Raises NotFoundError: there is none."""
-    built = [(folder.stat().st_mtime_ns, folder) for folder in images.glob("*/[0-9a-f]*") if folder.is_dir()]
+    built = [(folder.stat().st_mtime_ns, folder) for folder in image_folders(images)]
     if not built:
         raise NotFoundError(f"there is no image of a virtual machine in {images}", next_step=_BUILD)
     return max(built)[1]
@@ -249,11 +253,6 @@ def _end(process: ConfinedProcess) -> None:
     """End a process whose start has failed half-way."""
     process.kill()
     process.reap()
-
-
-def _socket_pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
-    our_end, their_end = socket.socketpair()
-    return ours.enter_context(our_end), theirs.enter_context(their_end)
 
 
 def _status_field(pid: int, name: str) -> int:

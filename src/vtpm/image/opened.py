@@ -76,6 +76,12 @@ class OpenImage:
         self.close()
 
 
+def image_folders(images: Path) -> list[Path]:
+    """Return the folders of all images in `images`, sorted: NAME/MEASUREMENT. What they hold is not looked at."""
+    # Drafts have a name with a dot at its start.
+    return sorted(folder for folder in images.glob("*/[0-9a-f]*") if folder.is_dir())
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of the image in `folder`, whose parts are not looked at.
 

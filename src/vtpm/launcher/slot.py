@@ -23,6 +23,7 @@ from vtpm.wire.hold import HoldType, ParkedKind, decode_hold
 from vtpm.wire.instance_spec import JOURNAL_BYTES, InstanceArgs, InstanceFd, Role
 from vtpm.wire.launcher import InstanceInfo, ProtectionLine, StartArgs
 from vtpm.wire.packet_stream import receive_packet
+from vtpm.wire.unix_socket import enter_socket_pair
 
 _PARKED_AS = {ParkedKind.CONTROL: InstanceFd.CONTROL, ParkedKind.DATA: InstanceFd.DATA}
 
@@ -84,8 +85,8 @@ class Slot:
         """Start an instance, with all that is parked. Raises VtpmError: it could not be, and nothing is left of it."""
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             try:
-                hold, their_hold = _socket_pair(socket.SOCK_SEQPACKET, ours, theirs)
-                manager_end, their_link = _socket_pair(socket.SOCK_STREAM, ours, theirs)
+                hold, their_hold = enter_socket_pair(ours, theirs, socket.SOCK_SEQPACKET)
+                manager_end, their_link = enter_socket_pair(ours, theirs, socket.SOCK_STREAM)
                 log_read, log_write = os.pipe()
                 ours.callback(os.close, log_read)
                 theirs.callback(os.close, log_write)
@@ -167,13 +168,6 @@ def create_journal() -> int:
     fd = os.memfd_create("vtpm-link-journal", os.MFD_CLOEXEC)
     os.ftruncate(fd, JOURNAL_BYTES)
     return fd
-
-
-def _socket_pair(
-    kind: socket.SocketKind, ours: contextlib.ExitStack, theirs: contextlib.ExitStack
-) -> tuple[socket.socket, socket.socket]:
-    our_end, their_end = socket.socketpair(socket.AF_UNIX, kind)
-    return ours.enter_context(our_end), theirs.enter_context(their_end)
 
 
 def _no_resources(args: StartArgs, error: OSError) -> DomainError:

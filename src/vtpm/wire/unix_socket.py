@@ -1,4 +1,4 @@
-"""Makes the services' unix sockets, whole or not at all. For the services' entry modules."""
+"""Makes unix sockets: a service's, whole or not at all, and pairs. For the services' entry modules and the launcher."""
 
 from __future__ import annotations
 
@@ -54,3 +54,19 @@ def bind_unix_socket(
         bound.close()
         raise
     return bound
+
+
+def enter_socket_pair(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> tuple[socket.socket, socket.socket]:
+    """Return a connected pair of unix sockets, each closed with the stack that it was entered into.
+
+    Args:
+        ours: for the first end, which this process keeps.
+        theirs: for the second end, which another process is given.
+        kind: SOCK_STREAM or SOCK_SEQPACKET.
+    Raises:
+        OSError: there are no more descriptors.
+    """
+    our_end, their_end = socket.socketpair(socket.AF_UNIX, kind)
+    return ours.enter_context(our_end), theirs.enter_context(their_end)
