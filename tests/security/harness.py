@@ -29,7 +29,7 @@ import _cffi_backend
 from vtpm.confine import spawn as spawn_module
 from vtpm.confine.report import Report
 from vtpm.confine.spawn import SpawnedProcess, spawn, wait_confined
-from vtpm.confine.spec import ConfinementSpec, Limits, Root, UserNamespace
+from vtpm.confine.spec import AllowList, ConfinementSpec, Limits, Root, UserNamespace
 from vtpm.errors import ConfinementError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,8 @@ def make_spec(attempt: str, *, target: str = "probe_target:prepare", **changes: 
     limits = Limits(**changes.pop("limits", {}))
     if "root" in changes:
         changes["root"] = Root(tuple(changes["root"]["read_only"]), proc=changes["root"]["proc"])
+    if "allow_list" in changes:
+        changes["allow_list"] = AllowList(changes["allow_list"])
     target_args = {"attempt": attempt, **changes.pop("target_args", {})}
     fields: dict[str, Any] = {
         "name": "probe",

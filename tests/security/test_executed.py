@@ -9,6 +9,7 @@ import pytest
 
 from tests.security.harness import MODES, attempts
 from vtpm.confine import execute
+from vtpm.confine.spec import AllowList
 
 FOLDERS = [path for path in ("/usr", "/lib", "/lib64", "/bin") if os.path.lexists(path)]
 
@@ -18,7 +19,7 @@ def call(script: str, *, proc: bool = True, path: str = "/usr/bin/bash") -> dict
         "name": "",
         "target": execute.TARGET,
         "program": "vtpm-vm",
-        "own_filter": True,
+        "allow_list": AllowList.OWN,
         "root": {"read_only": [*FOLDERS, "/dev/null"], "proc": proc},
         "target_args": {"path": path, "arguments": ["-c", f"{script}; echo 1 >&4"]},
     }

@@ -1,6 +1,6 @@
 """Target for a program that is no Python module: executes it when all is in force. Standard library only.
 
-The program brings its own seccomp filter (ConfinementSpec.own_filter), which whoever started it must see in force.
+The program brings its own seccomp filter (AllowList.OWN), which whoever started it must see in force.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ class AllowList(enum.StrEnum):
 
     VTPMD = "vtpmd"
     RELAY = "relay"
+    OWN = "own"
+    """None: the program that the target executes brings a filter of its own. The lists forbid execve."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,6 @@ class ConfinementSpec:
         limits: see Limits.
         program: what `ps` shows before the name.
         root: see Root.
-        own_filter: whether the program that the target executes brings its own seccomp filter; the
-            allow-list, which forbids execve, is then not put on.
         allow_list: see AllowList.
         target_args: a JSON object for the target, not looked at here.
     Raises:
@@ -117,7 +117,6 @@ class ConfinementSpec:
     limits: Limits = field(default_factory=Limits)
     program: str = "vtpmd"
     root: Root = field(default_factory=Root)
-    own_filter: bool = False
     allow_list: AllowList = AllowList.VTPMD
     target_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -151,8 +150,7 @@ class ConfinementSpec:
             all(map(_is_plain_path, self.root.read_only)), "root.read_only", "absolute paths without . or .. in them"
         )
         _require(isinstance(self.root.proc, bool), "root.proc", "true or false")
-        _require(isinstance(self.own_filter, bool), "own_filter", "true or false")
-        _require(isinstance(self.allow_list, AllowList), "allow_list", "vtpmd or relay")
+        _require(isinstance(self.allow_list, AllowList), "allow_list", "vtpmd, relay or own")
         _require(isinstance(self.target_args, Mapping), "target_args", "a JSON object")
 
 
@@ -214,7 +212,7 @@ def decode_spec(encoded: bytes) -> ConfinementSpec:
         members[name] = tuple(members[name])
     _require(members["user_namespace"] in list(UserNamespace), "user_namespace", "host or own")
     members["user_namespace"] = UserNamespace(members["user_namespace"])
-    _require(members["allow_list"] in list(AllowList), "allow_list", "vtpmd or relay")
+    _require(members["allow_list"] in list(AllowList), "allow_list", "vtpmd, relay or own")
     members["allow_list"] = AllowList(members["allow_list"])
     return ConfinementSpec(**members)
 

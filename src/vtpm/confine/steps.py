@@ -46,7 +46,7 @@ from vtpm.confine import kernel
 from vtpm.confine.bpf import assemble, pack
 from vtpm.confine.policy import policy_of, rules_for
 from vtpm.confine.report import Protection, ProtectionStatus, Report
-from vtpm.confine.spec import ConfinementSpec, UserNamespace
+from vtpm.confine.spec import AllowList, ConfinementSpec, UserNamespace
 from vtpm.confine.title import set_title
 from vtpm.errors import ConfinementError
 
@@ -147,7 +147,7 @@ def _import(context: Context) -> Outcome:
             f"the target {context.spec.target} cannot be imported: {error}", next_step="Check import_paths."
         ) from error
     context.prepare = function
-    if not context.spec.own_filter:
+    if context.spec.allow_list is not AllowList.OWN:
         machine = kernel.machine()
         context.seccomp_program = pack(assemble(machine, rules_for(machine, policy_of(context.spec.allow_list))))
     _require(len(list(Path("/proc/self/task").iterdir())) == 1, "importing the target started a thread")
@@ -314,7 +314,7 @@ def _prepare(context: Context) -> Outcome:
 
 
 def _seccomp(context: Context) -> Outcome:
-    if context.spec.own_filter:
+    if context.spec.allow_list is AllowList.OWN:
         return WEAKER, "the program that is executed now is to put on a filter of its own"
     _require(bool(context.seccomp_program), "there is no filter")
     kernel.install_seccomp_filter(context.seccomp_program)

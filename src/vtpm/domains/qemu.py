@@ -133,7 +133,7 @@ class QemuDomain:
             hold_fd=int(VmFd.HOLD),
             limits=Limits(memory_bytes=self._memory_mib * MEBIBYTE + _QEMU_OVERHEAD_BYTES, processes=32),
             root=Root((*_ROOT_PATHS, *devices), proc=True),
-            own_filter=True,
+            allow_list=AllowList.OWN,
             target_args={
                 "path": QEMU,
                 "arguments": vm_arguments(
