@@ -32,11 +32,12 @@ class HeldBy:
 
 CODECS = {
     "wire/framing": HeldBy("wire/test_framing*.py", "framing", 85),
-    "wire/fields": HeldBy("wire/test_manager_link*.py", "manager_link", 60),
+    "wire/fields": HeldBy("wire/test_m*.py", "manager_link", 60),
     "wire/message_codec": HeldBy("wire/test_manager_link*.py", "manager_link", 85),
     "wire/manager_link": HeldBy("wire/test_manager_link*.py", "manager_link", 70),
     "wire/manager_link_peers": HeldBy("wire/test_manager_link*.py", "manager_link", 95),
     "wire/guest_port": HeldBy("wire/test_guest_port.py", "guest_port", 75),
+    "wire/migration": HeldBy("wire/test_migration.py", "migration"),
     "wire/emulator": HeldBy("wire/test_control_decoder.py", "emulator", 95),
     "wire/emulator_messages": HeldBy("wire/test_emulator*.py", "emulator", 85),
     "wire/emulator_replies": HeldBy("wire/test_emulator*.py", "emulator", 90),

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from vtpm.errors import ProtocolError
 
@@ -73,6 +74,29 @@ def rest(most: int, least: int = 0) -> Field:
         return value
 
     return Field(lambda v: check(bytes(v)), lambda b: (check(b), len(b)))
+
+
+def sized(most: int, least: int = 0) -> Field:
+    """Bytes with their length before them, u32."""
+
+    def write(value: bytes) -> bytes:
+        if not least <= len(value) <= most:
+            raise ProtocolError(f"{len(value)} bytes of data, {least} to {most} are allowed")
+        return len(value).to_bytes(4, "big") + value
+
+    def read(data: bytes) -> tuple[bytes, int]:
+        length = int.from_bytes(data[:4], "big")
+        if len(data) < 4 or not least <= length <= most or len(data) < 4 + length:
+            raise ProtocolError(f"{length} bytes of data are cut off, or not {least} to {most}")
+        return data[4 : 4 + length], 4 + length
+
+    return Field(write, read)
+
+
+def uuid() -> Field:
+    """A UUID: 16 bytes in network order."""
+    inner = fixed(16)
+    return Field(lambda v: v.bytes, lambda b: (UUID(bytes=inner.read(b)[0]), 16))
 
 
 def text(most: int) -> Field:
