@@ -118,3 +118,10 @@ class ImageError(VtpmError):
 
     code = "image"
     exit_status = 14
+
+
+class AttestationError(VtpmError):
+    """Another platform has not proven what it must: its evidence is false, foreign, stale or against policy."""
+
+    code = "attestation"
+    exit_status = 15

@@ -46,6 +46,7 @@ CODECS = {
     "wire/service": HeldBy("wire_service/test_service.py", "service"),
     "wire/service_codec": HeldBy("wire_service/test_service.py", "service", 90),
     "guest_link/journal": HeldBy("guest_link/test_*.py", "journal", 60),
+    "tpm/attest": HeldBy("tpm/test_attest.py", "attest", 60),
     "tpm/event_log": HeldBy("tpm/test_event_log.py", "event_log", 75),
     "tpm/launch_log": HeldBy("tpm/test_launch_log.py", "launch_log", 80),
     "tpm/pcr_prediction": HeldBy("tpm/test_pcr_prediction.py", "event_log", 75),

@@ -127,7 +127,8 @@ class Connection:
         Raises:
             PlatformTpmError: it is another.
         """
-        with self._primary(parent_template(), ESYS_TR.OWNER) as (handle, name):
+        with self.primary(parent_template(), ESYS_TR.OWNER) as (handle, public):
+            name = bytes(public.get_name())
             if expected_name not in (None, name):
                 raise PlatformTpmError(
                     f"the platform TPM {self.tcti!r} is not the one that the root key was sealed by, or was cleared",
@@ -137,8 +138,15 @@ class Connection:
 
     def endorsement_name(self) -> bytes:
         """Return the Name of the endorsement key (EK) that TCG's template gives; a TPM keeps it when it is cleared."""
-        with self._primary(endorsement_template(), ESYS_TR.ENDORSEMENT) as (_, name):
-            return name
+        with self.primary(endorsement_template(), ESYS_TR.ENDORSEMENT) as (_, public):
+            return bytes(public.get_name())
+
+    @contextmanager
+    def primary(self, template: TPM2B_PUBLIC, hierarchy: int) -> Iterator[tuple[Any, Any]]:
+        """Make a primary key of a template, yield it with its public area (TPM2B_PUBLIC), and flush it at the end."""
+        handle, public, *_ = self.esapi.create_primary(TPM2B_SENSITIVE_CREATE(), template, hierarchy)
+        with self.flushed(handle):
+            yield handle, public
 
     def start_session(self, salt_key: Any, kind: int, attributes: int) -> Any:
         """Start a session salted to a key, with parameter encryption; the caller flushes it."""
@@ -217,9 +225,3 @@ class Connection:
             _, capability = self.esapi.get_capability(TPM2_CAP.HANDLES, first, _MAX_HANDLES)
             for handle in capability.data.handles:
                 self.esapi.flush_context(self.esapi.tr_from_tpmpublic(handle))
-
-    @contextmanager
-    def _primary(self, template: TPM2B_PUBLIC, hierarchy: int) -> Iterator[tuple[Any, bytes]]:
-        handle, public, *_ = self.esapi.create_primary(TPM2B_SENSITIVE_CREATE(), template, hierarchy)
-        with self.flushed(handle):
-            yield handle, bytes(public.get_name())

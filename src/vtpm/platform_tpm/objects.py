@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from tpm2_pytss import TPM2_ALG, TPM2B_PUBLIC, TPMA_OBJECT, TPMT_PUBLIC, TSS2_Exception
 
 from vtpm.errors import StateError
@@ -27,6 +29,16 @@ _ENDORSEMENT_ATTRIBUTES = (
 )
 # PolicySecret of the endorsement hierarchy.
 _ENDORSEMENT_POLICY = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
+_ATTESTATION_ATTRIBUTES = (
+    TPMA_OBJECT.FIXEDTPM
+    | TPMA_OBJECT.FIXEDPARENT
+    | TPMA_OBJECT.SENSITIVEDATAORIGIN
+    | TPMA_OBJECT.USERWITHAUTH
+    | TPMA_OBJECT.NODA
+    | TPMA_OBJECT.RESTRICTED
+    | TPMA_OBJECT.SIGN_ENCRYPT
+)
+_ATTESTATION_LABEL = b"vtpm attestation key 1"
 # No userWithAuth: the policy is the only way in.
 _SEALED_ATTRIBUTES = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.ADMINWITHPOLICY | TPMA_OBJECT.NODA
 
@@ -44,6 +56,15 @@ def endorsement_template() -> TPM2B_PUBLIC:
     template = TPM2B_PUBLIC.parse("ecc256:aes128cfb", objectAttributes=_ENDORSEMENT_ATTRIBUTES)
     template.publicArea.authPolicy = _ENDORSEMENT_POLICY
     template.publicArea.unique.ecc.x = bytes(32)
+    template.publicArea.unique.ecc.y = bytes(32)
+    return template
+
+
+def attestation_template() -> TPM2B_PUBLIC:
+    """Return the template of the attestation key; a TPM makes the same key of it also after it was cleared."""
+    template = TPM2B_PUBLIC.parse("ecc256:ecdsa-sha256:null", objectAttributes=_ATTESTATION_ATTRIBUTES)
+    # What tells it from other keys of these attributes that somebody makes on the same platform.
+    template.publicArea.unique.ecc.x = hashlib.sha256(_ATTESTATION_LABEL).digest()
     template.publicArea.unique.ecc.y = bytes(32)
     return template
 

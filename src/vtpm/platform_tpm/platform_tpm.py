@@ -14,8 +14,9 @@ from typing import Any, Self
 from tpm2_pytss import TPM2_CAP, TPM2_SE, TPMA_SESSION
 
 from vtpm.errors import PlatformTpmError, UsageError
-from vtpm.platform_tpm import fence, pcr_access, sealing
+from vtpm.platform_tpm import attestation, fence, pcr_access, sealing
 from vtpm.platform_tpm.anchor import AnchorIndex, anchor_index
+from vtpm.platform_tpm.attestation import Identity, SignedAttest
 from vtpm.platform_tpm.connection import PT_MANUFACTURER, Connection
 from vtpm.platform_tpm.pcrs import PCR_COUNT, PcrBank, PcrSelection
 from vtpm.platform_tpm.root_policy import PcrSet, PcrSets, ZeroPcrs, checked, refuse_zeros, with_set, without_set
@@ -23,6 +24,7 @@ from vtpm.platform_tpm.sealed_blob import NO_INDEXES, Indexes, SealedBlob
 from vtpm.platform_tpm.sealing import OpenedRoot
 from vtpm.platform_tpm.write_authority import WriteAuthority
 from vtpm.secret import Secret
+from vtpm.tpm.attest import MAX_EXTRA_BYTES
 
 DEFAULT_TIMEOUT_S = 20.0
 """For one exchange. Hardware makes an ECC primary key in well under a second; a TPM's longest command is RSA's."""
@@ -155,6 +157,37 @@ class PlatformTpm:
             raise UsageError(f"PCR {index} of bank {bank} cannot be extended with {len(digest)} bytes")
         self._connection.run(
             f"extend PCR {index}", lambda: pcr_access.extend_pcr(self._connection, index, bank, digest)
+        )
+
+    # The platform's identity.
+
+    def identity(self) -> Identity:
+        """Return the public areas of endorsement key and attestation key."""
+        return self._connection.run("say who it is", lambda: attestation.identity(self._connection))
+
+    def quote(self, selection: PcrSelection, extra: bytes) -> SignedAttest:
+        """Return a quote over PCRs, signed by the attestation key.
+
+        Args:
+            extra: qualifying data, at most MAX_EXTRA_BYTES: a digest over all that must not be substituted.
+        Raises:
+            UsageError: too much of it.
+            PlatformTpmError: the TPM lacks the bank or a PCR.
+        """
+        if len(extra) > MAX_EXTRA_BYTES:
+            raise UsageError(f"{len(extra)} bytes of qualifying data do not go, at most {MAX_EXTRA_BYTES} do")
+        return self._connection.run("quote PCRs", lambda: attestation.quote(self._connection, selection, extra))
+
+    def activate(self, credential: bytes, encrypted_secret: bytes) -> Secret:
+        """Return the secret of a credential that was made for this platform's two keys together.
+
+        Args:
+            credential, encrypted_secret: contents of TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET; untrusted.
+        Raises:
+            AttestationError: it was made for another platform or another key, or is malformed.
+        """
+        return self._connection.run(
+            "activate a credential", lambda: attestation.activate(self._connection, credential, encrypted_secret)
         )
 
     # The root key.

@@ -1,0 +1,112 @@
+"""What every platform TPM must do for its identity: the same keys, quotes that verify, credentials for itself alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from tpm2_pytss import TPM2B_NAME, TPM2B_PUBLIC, TPMT_PUBLIC
+from tpm2_pytss.utils import make_credential
+
+from tests.contract.conftest import Tpm
+from tests.support.processes import short_directory
+from vtpm.errors import AttestationError, UsageError
+from vtpm.platform_tpm.pcrs import DEFAULT_PCRS, PcrBank, PcrSelection
+from vtpm.platform_tpm.platform_tpm import PlatformTpm
+from vtpm.tpm.attest import MAX_EXTRA_BYTES, read_quote, read_signing_key, verify_signature
+from vtpm.tpm.hash_algorithms import HashAlgorithm
+
+pytestmark = pytest.mark.timeout(60)
+NONCE = bytes(range(32))
+SECRET = bytes(range(100, 132))
+
+
+def credential_for(endorsement: bytes, name: bytes, secret: bytes = SECRET) -> tuple[bytes, bytes]:
+    """What TPM2_MakeCredential gives, made by tpm2-pytss in software."""
+    area, _ = TPMT_PUBLIC.unmarshal(endorsement)
+    sealed, encrypted = make_credential(TPM2B_PUBLIC(publicArea=area), secret, TPM2B_NAME(name))
+    return bytes(sealed), bytes(encrypted)
+
+
+def test_keys_are_the_same_when_asked_again_and_after_a_clear(tpm: Tpm, platform: PlatformTpm) -> None:
+    first = platform.identity()
+    assert platform.identity() == first
+    key = read_signing_key(first.attestation)
+    key.require_attestation_key()
+    platform.close()
+    subprocess.run(["tpm2_clear", "-T", tpm.tcti], check=True, capture_output=True, timeout=20)
+    with PlatformTpm(tpm.tcti) as again:
+        assert again.identity() == first
+
+
+def test_keys_are_others_when_the_tpm_is_another(kind: type[Tpm], platform: PlatformTpm) -> None:
+    with short_directory() as folder, kind(folder) as other, PlatformTpm(other.tcti) as stranger:
+        mine, theirs = platform.identity(), stranger.identity()
+        assert mine.attestation != theirs.attestation and mine.endorsement != theirs.endorsement
+
+
+def test_quote_verifies_when_read_back(platform: PlatformTpm) -> None:
+    platform.extend(4, PcrBank.SHA256, b"k" * 32)
+    key = read_signing_key(platform.identity().attestation)
+    signed = platform.quote(DEFAULT_PCRS, NONCE)
+    verify_signature(key, signed.attest, signed.signature)
+    quote = read_quote(signed.attest)
+    assert quote.extra == NONCE and quote.reset_count == platform.reset_count()
+    values = platform.pcr_values(DEFAULT_PCRS)
+    quote.require_values(HashAlgorithm.SHA256, values)
+    with pytest.raises(AttestationError, match="not those that were quoted"):
+        quote.require_values(HashAlgorithm.SHA256, values | {4: bytes(32)})
+    with pytest.raises(AttestationError, match="the quote is over sha256:0,2,4,7, wanted is sha256:0,2,4"):
+        quote.require_values(HashAlgorithm.SHA256, {index: values[index] for index in (0, 2, 4)})
+
+
+def test_quote_verifies_by_tpm2_tools_too(platform: PlatformTpm, directory: Path) -> None:
+    signed = platform.quote(PcrSelection.parse("sha384:7"), NONCE)
+    key = read_signing_key(platform.identity().attestation)
+    places = {name: directory / name for name in ("key.pem", "attest", "signature")}
+    places["key.pem"].write_bytes(key.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    places["attest"].write_bytes(signed.attest)
+    places["signature"].write_bytes(signed.signature)
+    command = ["tpm2_checkquote", "-u", "key.pem", "-m", "attest", "-s", "signature", "-g", "sha256"]
+    for nonce, accepted in ((NONCE, True), (bytes(32), False)):
+        done = subprocess.run([*command, "-q", nonce.hex()], cwd=directory, capture_output=True, timeout=20)
+        assert (done.returncode == 0) is accepted, done.stderr
+
+
+def test_quote_is_refused_when_there_is_too_much_to_sign(platform: PlatformTpm) -> None:
+    with pytest.raises(UsageError, match="65 bytes of qualifying data"):
+        platform.quote(DEFAULT_PCRS, bytes(MAX_EXTRA_BYTES + 1))
+
+
+def test_secret_comes_out_when_the_credential_is_for_both_keys(platform: PlatformTpm) -> None:
+    mine = platform.identity()
+    name = read_signing_key(mine.attestation).name
+    assert platform.activate(*credential_for(mine.endorsement, name)).reveal() == SECRET
+
+
+def test_secret_stays_in_when_the_credential_is_for_another_key_or_platform(
+    kind: type[Tpm], platform: PlatformTpm
+) -> None:
+    mine = platform.identity()
+    with short_directory() as folder, kind(folder) as other, PlatformTpm(other.tcti) as stranger:
+        theirs = stranger.identity()
+    name, their_name = (read_signing_key(one.attestation).name for one in (mine, theirs))
+    for endorsement, of in ((mine.endorsement, their_name), (theirs.endorsement, name)):
+        with pytest.raises(AttestationError, match="for another platform or another key"):
+            platform.activate(*credential_for(endorsement, of))
+
+
+def test_credential_is_refused_when_it_is_damaged(platform: PlatformTpm) -> None:
+    mine = platform.identity()
+    sealed, encrypted = credential_for(mine.endorsement, read_signing_key(mine.attestation).name)
+    flipped = sealed[:-1] + bytes([sealed[-1] ^ 1])
+    for bad in ((flipped, encrypted), (sealed, encrypted[:-1] + bytes([encrypted[-1] ^ 1])), (b"", b"")):
+        with pytest.raises(AttestationError):
+            platform.activate(*bad)
+    with pytest.raises(AttestationError, match="longer than any"):
+        platform.activate(os.urandom(3000), encrypted)
+    # Nothing is left behind that would be in the way of the next.
+    assert platform.activate(sealed, encrypted).reveal() == SECRET

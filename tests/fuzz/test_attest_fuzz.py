@@ -1,0 +1,51 @@
+"""Attestations and keys of strangers: what is spoiled is refused by its own error, or is another one of its form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz import effort
+from tests.fuzz.mutations import spoiled
+from tests.unit.tpm.attest_examples import attest, public_area, quote_body, sign, sized
+from vtpm.errors import AttestationError
+from vtpm.tpm.attest import read_certification, read_quote, read_signing_key, verify_signature
+
+NAME = sized(b"\x00\x0b" + bytes(32))
+QUOTE = attest(quote_body())
+KEY = read_signing_key(public_area())
+_READERS = st.sampled_from(
+    [(read_signing_key, public_area()), (read_quote, QUOTE), (read_certification, attest(NAME + NAME, kind=0x8017))]
+)
+
+
+@effort.codec
+@given(_READERS.flatmap(lambda case: st.tuples(st.just(case[0]), spoiled(st.just(case[1])))))
+def test_spoiled_structure_is_refused_or_read(case: tuple[Callable[[bytes], object], bytes]) -> None:
+    read, data = case
+    try:
+        read(data)
+    except AttestationError:
+        return
+
+
+@effort.codec
+@given(spoiled(st.just(sign(QUOTE))))
+def test_spoiled_signature_is_refused(signature: bytes) -> None:
+    try:
+        verify_signature(KEY, QUOTE, signature)
+    except AttestationError:
+        return
+    # A number may be written with more zeros before it; nothing else is another signature.
+    assert signature[:4] == b"\x00\x18\x00\x0b"
+
+
+@effort.codec
+@given(st.binary(max_size=300))
+def test_noise_is_refused(noise: bytes) -> None:
+    for read in (read_signing_key, read_quote, read_certification):
+        with pytest.raises(AttestationError):
+            read(noise)
