@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss import TPM2B_NAME, TPM2B_PUBLIC, TPMT_PUBLIC
 from tpm2_pytss.utils import make_credential
@@ -14,10 +16,17 @@ from tpm2_pytss.utils import make_credential
 from tests.contract.conftest import Tpm
 from tests.support.processes import short_directory
 from vtpm.errors import AttestationError, UsageError
+from vtpm.measurement.record import event_digest
+from vtpm.migration.certificates import PlatformKind, certify, new_authority
+from vtpm.migration.policy import PlatformPolicy
+from vtpm.migration.verifier import verify_evidence
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS, PcrBank, PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.tpm.attest import MAX_EXTRA_BYTES, read_quote, read_signing_key, verify_signature
 from vtpm.tpm.hash_algorithms import HashAlgorithm
+from vtpm.tpm.launch_log import LaunchLog
+from vtpm.tpm.launch_log import encode as encode_log
+from vtpm.wire.evidence import Evidence, decode_evidence, encode_evidence
 
 pytestmark = pytest.mark.timeout(60)
 NONCE = bytes(range(32))
@@ -110,3 +119,34 @@ def test_credential_is_refused_when_it_is_damaged(platform: PlatformTpm) -> None
         platform.activate(os.urandom(3000), encrypted)
     # Nothing is left behind that would be in the way of the next.
     assert platform.activate(sealed, encrypted).reveal() == SECRET
+
+
+def test_evidence_of_a_real_platform_is_taken_and_its_replay_is_not(platform: PlatformTpm) -> None:
+    services, log = (b"\x11" * 32,), LaunchLog(HashAlgorithm.SHA256, 12, platform.reset_count(), bytes(32))
+    platform.extend(0, PcrBank.SHA256, b"f" * 32)
+    platform.extend(13, PcrBank.SHA256, event_digest("sha256", services[0].hex()))
+    selection = PcrSelection.parse("sha256:0,12,13")
+    pcrs = platform.pcr_values(selection)
+    policy = PlatformPolicy(
+        HashAlgorithm.SHA256, True, {0: frozenset({pcrs[0]})}, 13, frozenset(services), 12, {"qemu": frozenset()}
+    )
+    now, authority_key = datetime.now(UTC), ec.generate_private_key(ec.SECP256R1())
+    authority = new_authority("enrolment", authority_key, now)
+    public = platform.identity().attestation
+    key = read_signing_key(public).key
+    certificate = certify(authority, authority_key, "host-b", PlatformKind.EMBEDDED, key, now)
+    signed = platform.quote(selection, NONCE)
+    shown = Evidence(
+        attestation_key=public,
+        certificate=certificate.public_bytes(Encoding.DER),
+        attest=signed.attest,
+        signature=signed.signature,
+        bank=HashAlgorithm.SHA256,
+        pcrs=pcrs,
+        services=services,
+        launch_log=encode_log(log),
+    )
+    shown = decode_evidence(encode_evidence(shown))
+    assert verify_evidence(shown, NONCE, policy, [authority], now).name == "host-b"
+    with pytest.raises(AttestationError, match="a replay"):
+        verify_evidence(shown, bytes(32), policy, [authority], now)
