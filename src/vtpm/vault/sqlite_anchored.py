@@ -187,6 +187,7 @@ class AnchoredDatabase:
         self._mac_key = mac_key
         self._db: sqlite3.Connection | None = None
         self._draft: Draft | None = None
+        self._draft_is_prompt = False
         self._lock_fd = lock_directory(directory)
 
     def open(self, anchor: AnchorValue, accepting: Event | None) -> None:
@@ -233,7 +234,7 @@ class AnchoredDatabase:
             with self.reading() as db:
                 stored = self._stored_record(db)
             if self._draft is not None and stored == self._draft.record:
-                self.ledger.adopt(self._draft)
+                self._adopt(self._draft)
             else:
                 self._check_left(stored)
         except BaseException:
@@ -291,7 +292,7 @@ class AnchoredDatabase:
                 draft = change.draft(above)
                 if draft is not None:
                     db.execute("UPDATE root SET record = ?", (draft.record.encode(self._mac_key),))
-                self._draft = draft
+                self._draft, self._draft_is_prompt = draft, change.prompt or above is not None
                 db.execute("COMMIT")
             except BaseException:
                 # SQLite has rolled back by itself after some errors; if it cannot, reopening does.
@@ -300,10 +301,13 @@ class AnchoredDatabase:
                         db.execute("ROLLBACK")
                 raise
             if draft is not None:
-                self.ledger.adopt(draft)
-                if change.prompt or above is not None:
-                    self.prompt_version = draft.record.version
+                self._adopt(draft)
             self._draft = None
+
+    def _adopt(self, draft: Draft) -> None:
+        self.ledger.adopt(draft)
+        if self._draft_is_prompt:
+            self.prompt_version = draft.record.version
 
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:

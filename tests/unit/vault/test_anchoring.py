@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ from vtpm.vault.anchor import Anchoring, AnchorPolicy
 from vtpm.vault.committer import MAX_GROUP_SAVES, Committer
 from vtpm.vault.records import Event, SaveAck
 from vtpm.vault.root_record import AnchorValue
+from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
 
 HOUR_S = 3600.0
@@ -206,6 +208,39 @@ def test_replay_is_not_acknowledged_before_the_first_save_is_anchored(start: Sta
     for _ in range(2):
         with pytest.raises(StoreError, match="not anchored"):
             committer.submit(first, patience_s=0.1).result(LIMIT_S)
+
+
+class CommitFails:
+    """A connection whose commit comes to pass and is said to have failed, as when the flush of its log fails."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        cursor = self._db.execute(sql, *values)
+        if sql == "COMMIT":
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+            raise error
+        return cursor
+
+
+def test_first_save_is_anchored_before_its_answer_when_its_commit_failed_and_came_to_pass(
+    start: Start, keeper: MemoryKeeper
+) -> None:
+    committer = start(HOUR_S)
+    (bound,) = committer.run(lambda store: [bind(store)]).result(LIMIT_S)
+
+    def break_commit(store: Store) -> None:
+        assert isinstance(store, SqliteStore) and store._file._db is not None
+        store._file._db = CommitFails(store._file._db)  # type: ignore[assignment]
+
+    committer.run(break_commit).result(LIMIT_S)
+    committer.submit(bound.save(permit=bound.permit), patience_s=LIMIT_S).result(LIMIT_S)
+    assert keeper.value.version == version_of(committer)
 
 
 def test_everything_is_refused_when_somebody_else_moved_the_anchor(start: Start, keeper: MemoryKeeper) -> None:
