@@ -6,6 +6,7 @@ The store's content is one anchored value: whatever is older, edited, forked or 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -584,3 +585,20 @@ def test_store_opens_when_the_keeper_went_after_a_write_whose_answer_was_lost(ho
         host.start()
         assert host.content(vtpm) == b"unanswered 3"
         host.stop()
+
+
+# What the file would do by itself
+
+
+def test_older_state_does_not_come_back_when_a_trigger_was_put_into_the_file(host: Host) -> None:
+    host.start()
+    vtpm = host.make()
+    (old,) = host.run(lambda store: store.read_state(vtpm[0]))
+    host.save(vtpm, b"second").result(LIMIT_S)
+    host.stop()
+    blob, digest = old.envelope.hex(), hashlib.sha256(old.envelope).hexdigest()
+    host.execute(
+        "CREATE TRIGGER back AFTER UPDATE OF lifecycle ON vtpm BEGIN"
+        f" UPDATE state SET version = {old.version}, digest = x'{digest}', envelope = x'{blob}'; END"
+    )
+    host.refused("its schema is not the one that it was made with")

@@ -120,6 +120,7 @@ CREATE TABLE event (
 
 
 # Holds nothing of its own, so it belongs to no schema version: a database that lacks it gets it when it is opened.
+_SELECT_SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 _OWNER_INDEX = "CREATE INDEX IF NOT EXISTS vtpm_by_owner ON vtpm (owner_uid, name)"
 
 
@@ -394,6 +395,18 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
         )
     if version not in (_WITHOUT_POLICY, SCHEMA_VERSION):
         raise damaged(path, f"its schema version is {version}")
+    _check_made_here(db, path, version)
+
+
+def _check_made_here(db: sqlite3.Connection, path: Path, version: int) -> None:
+    """Refuse what the root record does not cover and SQLite obeys: a trigger's rows would be signed as our own."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as made:
+        made.executescript(_SCHEMA + (POLICY_SCHEMA if version == SCHEMA_VERSION else ""))
+        least = set(made.execute(_SELECT_SCHEMA))
+        made.execute(_OWNER_INDEX)
+        most = set(made.execute(_SELECT_SCHEMA))
+    if not least <= set(db.execute(_SELECT_SCHEMA)) <= most:
+        raise damaged(path, "its schema is not the one that it was made with")
 
 
 def _check_pages(db: sqlite3.Connection, path: Path) -> None:

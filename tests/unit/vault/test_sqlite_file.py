@@ -45,6 +45,22 @@ def execute(database: Path, *statements: str) -> None:
             db.execute(statement)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER t AFTER INSERT ON event BEGIN UPDATE vtpm SET owner_uid = 1; END",
+        "CREATE VIEW v AS SELECT * FROM vtpm",
+        "CREATE TABLE t (a)",
+        "CREATE INDEX i ON vtpm (lower(name))",
+        "ALTER TABLE event ADD COLUMN more TEXT",
+        "DROP TABLE save_mark",
+    ],
+)
+def test_store_is_refused_when_its_schema_is_not_the_one_it_was_made_with(folder: Path, statement: str) -> None:
+    execute(filled(folder), statement)
+    refused_and_kept(folder, "its schema is not the one that it was made with")
+
+
 def test_directory_and_files_are_private_when_made_under_a_lax_umask(folder: Path) -> None:
     before = os.umask(0)
     try:
