@@ -13,9 +13,13 @@ from tests.support.host import Host
 from tests.support.processes import short_directory
 from tests.support.swtpm import SwtpmPlatform, booted_platform
 from vtpm.errors import PlatformTpmError
+from vtpm.keeper.custody import Custody
+from vtpm.keeper.platforms import HardwarePlatform
+from vtpm.keeper.root_key import NewRoot
 from vtpm.platform_tpm.anchor import Anchor
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
+from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.secret import Secret
 
 pytestmark = pytest.mark.timeout(120)
@@ -75,3 +79,24 @@ def test_older_anchor_is_not_accepted_when_the_tpms_own_state_was_put_back_under
             for use in (anchor.read, lambda: anchor.write(Anchor(3, bytes(32)))):
                 with pytest.raises(PlatformTpmError, match="went back from version 2 to 1"):
                     use()
+
+
+def test_older_anchor_is_not_accepted_when_the_keeper_connects_anew_to_a_tpm_whose_state_was_put_back(
+    tmp_path: Path,
+) -> None:
+    with short_directory() as folder, SwtpmPlatform(folder) as swtpm:
+        swtpm.reboot()
+        (tmp_path / "keeper").mkdir()
+        custody = Custody(tmp_path / "keeper", HardwarePlatform(swtpm.tcti), NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE))
+        custody.open()
+        custody.write_anchor(OLD)
+        shutil.copytree(swtpm.state_dir, tmp_path / "state")
+        custody.write_anchor(NEW)
+        swtpm.stop()
+        shutil.rmtree(swtpm.state_dir)
+        shutil.copytree(tmp_path / "state", swtpm.state_dir)
+        swtpm.start()
+        for use in (custody.read_anchor, custody.read_anchor, lambda: custody.write_anchor(Anchor(3, bytes(32)))):
+            with pytest.raises(PlatformTpmError, match="went back from version 2 to 1"):
+                use()
+        custody.close()

@@ -23,7 +23,7 @@ from vtpm.keeper import escrow
 from vtpm.keeper.launches import Held, Launches, refused_pcr
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import NewRoot, RootKey, has_root_file, open_root_key, save_root_file, seal_again
-from vtpm.platform_tpm.anchor import Anchor, AnchorIndex
+from vtpm.platform_tpm.anchor import FIRST_ANCHOR, Anchor, AnchorIndex
 from vtpm.platform_tpm.pcrs import PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm, TpmInfo
 from vtpm.platform_tpm.root_policy import PcrSet, PcrSets
@@ -60,6 +60,8 @@ class Custody:
         self._busy = threading.Lock()
         self._tpm: PlatformTpm | None = None
         self._anchor: AnchorIndex | None = None
+        # Outlives the connection: a TPM that comes back with an older one is no TPM that was away.
+        self._last_anchor = FIRST_ANCHOR
         self._root: RootKey | None = None
         self._locked: VtpmError = StateError("the root key was not opened yet")
         self._tried_at = 0.0
@@ -158,6 +160,7 @@ class Custody:
 
     def _disconnect(self) -> None:
         if self._anchor is not None:
+            self._last_anchor = self._anchor.last
             self._anchor.close()
             self._anchor = None
         if self._tpm is not None:
@@ -342,7 +345,7 @@ class Custody:
         root = self.root
         if self._anchor is None:
             assert self._tpm is not None
-            self._anchor = self._tpm.open_anchor(root.blob, root.secret)
+            self._anchor = self._tpm.open_anchor(root.blob, root.secret, self._last_anchor)
         return self._anchor
 
     # -- the TPM ----------------------------------------------------------------------------------------------------

@@ -75,9 +75,17 @@ class AnchorIndex:
         index: what it is to be.
         authority: writes it; wiped at `close`.
         srk_name: what the storage primary key's Name is to be.
+        last: what the TPM is known to have held; one with a lesser version is refused.
     """
 
-    def __init__(self, connection: Connection, index: NvIndex, authority: WriteAuthority, srk_name: bytes) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        index: NvIndex,
+        authority: WriteAuthority,
+        srk_name: bytes,
+        last: Anchor = FIRST_ANCHOR,
+    ) -> None:
         self._connection = connection
         self._index = index
         self._authority = authority
@@ -85,7 +93,7 @@ class AnchorIndex:
         self._writer: IndexWriter | None = None
         self._generation = -1
         self._handle: Any = None
-        self._last = FIRST_ANCHOR
+        self._last = last
         self._connection.run("open the anchor", self._establish)
 
     def __enter__(self) -> Self:
@@ -108,6 +116,11 @@ class AnchorIndex:
     def reset_seen(self) -> bool:
         """Whether the TPM was found to have been reset since this was opened (PCRs and sessions lost)."""
         return self._connection.reset_seen
+
+    @property
+    def last(self) -> Anchor:
+        """What the TPM held when it was asked or written last."""
+        return self._last
 
     def read(self) -> Anchor:
         """Return what the TPM holds, in an answer that only the TPM can have made.
