@@ -587,6 +587,18 @@ def test_store_opens_when_the_keeper_went_after_a_write_whose_answer_was_lost(ho
         host.stop()
 
 
+def test_operators_word_is_noted_when_a_store_of_before_the_first_anchor_is_accepted(host: Host) -> None:
+    SqliteStore(host.folder, MAC_KEY, host.keeper).close()
+    first = host.copy()
+    host.start()
+    host.make("web1")
+    host.stop()
+    host.put_back(first)
+    host.keeper.value = NOTHING_ANCHORED
+    host.start(accepting=WORD)
+    assert [event.kind for event in host.run(lambda store: store.list_events())] == ["reanchored"]
+
+
 # What the file would do by itself
 
 

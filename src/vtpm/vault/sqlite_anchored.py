@@ -212,7 +212,8 @@ class AnchoredDatabase:
                 if accepting is None:
                     raise
             else:
-                accepting = None
+                if anchor != NOTHING_ANCHORED:
+                    accepting = None
 
         self._db = open_database(self._directory, first, verify)
         with self.reading() as db:
