@@ -257,7 +257,8 @@ class Custody:
 
     def _now(self, tpm: PlatformTpm) -> PcrSet:
         opened_by = self.root.opened_by
-        values = tpm.pcr_values(opened_by.selection)
+        # Authenticated: what is read here is what an operator allows.
+        values = tpm.pcr_values(opened_by.selection, self.root.blob)
         fence = self._new.fence_pcr
         if fence is not None and fence in values:
             values[fence] = opened_by.by_index[fence]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tpm2_pytss import (
     ESYS_TR,
     TPM2_SE,
@@ -24,9 +26,11 @@ def always_changing(connection: Connection) -> PlatformTpmError:
     return PlatformTpmError(f"the PCRs of the platform TPM {connection.tcti!r} change all the time")
 
 
-def read_pcrs(connection: Connection, selection: PcrSelection) -> dict[int, bytes]:
+def read_pcrs(connection: Connection, selection: PcrSelection, session: Any = ESYS_TR.NONE) -> dict[int, bytes]:
     """Return the present value of each PCR of a selection, all of one moment.
 
+    Args:
+        session: an audit session, with which the answers are authenticated.
     Raises:
         PlatformTpmError: the TPM lacks the bank or a PCR.
     """
@@ -36,7 +40,7 @@ def read_pcrs(connection: Connection, selection: PcrSelection) -> dict[int, byte
         while missing := [index for index in selection.indexes if index not in values]:
             # One answer holds at most eight digests.
             asked = TPML_PCR_SELECTION.parse(str(PcrSelection(selection.bank, tuple(missing[:8]))))
-            counter, _, digests = connection.esapi.pcr_read(asked)
+            counter, _, digests = connection.esapi.pcr_read(asked, session1=session)
             counters.add(counter)
             read = dict(zip(missing, (bytes(digest) for digest in digests), strict=False))
             if not read or any(len(value) != selection.bank.digest_bytes for value in read.values()):

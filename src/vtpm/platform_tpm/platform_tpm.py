@@ -110,13 +110,18 @@ class PlatformTpm:
 
     # PCRs.
 
-    def pcr_values(self, selection: PcrSelection) -> dict[int, bytes]:
+    def pcr_values(self, selection: PcrSelection, blob: SealedBlob | None = None) -> dict[int, bytes]:
         """Return the present value of each PCR of a selection.
 
+        Args:
+            blob: sealed by the TPM that it is to be; with it nobody else can have made the answer, which is not
+                authenticated otherwise.
         Raises:
             PlatformTpmError: the TPM lacks the bank or a PCR.
         """
-        return self._connection.run("read PCRs", lambda: pcr_access.read_pcrs(self._connection, selection))
+        if blob is None:
+            return self._connection.run("read PCRs", lambda: pcr_access.read_pcrs(self._connection, selection))
+        return self._connection.run("read PCRs", lambda: self._audited_pcrs(selection, blob.srk_name))
 
     def pcr_state(self, selection: PcrSelection) -> tuple[dict[int, bytes], int]:
         """Return the present value of each PCR, and how often the TPM was reset in its life.
@@ -377,6 +382,13 @@ class PlatformTpm:
 
     def _extend_fence(self, blob: SealedBlob, index: int, bank: PcrBank) -> None:
         pcr_access.extend_pcr(self._connection, index, bank, fence.fence_digest(bank), blob.srk_name)
+
+    def _audited_pcrs(self, selection: PcrSelection, srk_name: bytes) -> dict[int, bytes]:
+        with (
+            self._connection.storage_primary(srk_name) as (srk, _),
+            self._connection.session(srk, TPM2_SE.HMAC, TPMA_SESSION.AUDIT) as session,
+        ):
+            return pcr_access.read_pcrs(self._connection, selection, session)
 
     def _random(self, size_bytes: int) -> bytes:
         found = b""

@@ -24,6 +24,8 @@ class RecordingProxy:
     def __init__(self, path: Path, target: Path) -> None:
         self.tcti = f"swtpm:path={path}"
         self.recorded = bytearray()
+        self.forged: tuple[bytes, bytes] | None = None
+        """What is replaced in the TPM's answers, by what of the same length: then this is no mere listener."""
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._listeners: dict[int, tuple[socket.socket, str]] = {}
@@ -74,6 +76,8 @@ class RecordingProxy:
                             return
                         with self._lock:
                             self.recorded += data
+                        if source is tpm and self.forged is not None:
+                            data = data.replace(*self.forged)
                         sink.sendall(data)
                 if self._wake in readable:
                     return

@@ -10,6 +10,9 @@ import pytest
 from tests.integration.keeper.recording_proxy import RecordingProxy
 from tests.support.processes import KeeperProcess
 from tests.support.swtpm import SwtpmPlatform
+from vtpm.errors import PlatformTpmError
+from vtpm.keeper.custody import Custody
+from vtpm.keeper.platforms import HardwarePlatform
 from vtpm.keeper.root_key import NewRoot, open_root_key
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
@@ -36,6 +39,22 @@ def test_no_secret_is_on_the_bus_when_sealed_and_opened(directory: Path, swtpm: 
     assert _TPM2_UNSEAL in recorded
     for hidden in (secret, randomness):
         assert not any(hidden[at : at + 8] in recorded for at in range(len(hidden) - 7))
+
+
+def test_forged_pcr_values_are_not_offered_to_be_allowed_when_somebody_stands_on_the_bus(
+    directory: Path, swtpm: SwtpmPlatform
+) -> None:
+    state_dir = directory / "custody"
+    state_dir.mkdir()
+    with RecordingProxy(directory / "bus", swtpm.socket_path) as proxy:
+        custody = Custody(state_dir, HardwarePlatform(proxy.tcti), NewRoot(DEFAULT_PCRS, ZeroPcrs.REFUSE))
+        custody.open()
+        _, now = custody.policy()
+        real = next(value for value in now.values if any(value))
+        proxy.forged = (real, b"evil" * 8)
+        with pytest.raises(PlatformTpmError):
+            custody.policy()
+        custody.close()
 
 
 def test_root_key_is_not_on_the_bus_when_the_keeper_makes_and_opens_it(
