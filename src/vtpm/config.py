@@ -37,6 +37,7 @@ class Config:
         state_dir: what must last.
         run_dir: sockets.
         platform_tpm: "embedded", or a tpm2-tss TCTI such as "device:/dev/tpmrm0".
+        launcher_port: device of the virtio-serial port behind which the launcher is; empty: it runs here.
         pcrs: PCRs that the root key is sealed under, at the first start; empty: see `root_pcrs`.
         services_pcr: PCR of a hardware TPM that the services are measured into before they run; 0: they are not.
         launch_pcr: PCR that what is launched for vTPMs is measured into; none of `pcrs`.
@@ -59,6 +60,7 @@ class Config:
     run_dir: Path
     vm_images: Path = SYSTEM_STATE_DIR / "images"
     platform_tpm: str = "embedded"
+    launcher_port: str = ""
     pcrs: str = ""
     services_pcr: int = 13
     launch_pcr: int = 12

@@ -116,7 +116,8 @@ def start_services(config: Config, layout: Layout) -> bool:
     """Start launcher and keeper where they do not answer. They outlive this process.
 
     Returns:
-        whether the launcher was started: then no instance runs, and nobody waits for this manager.
+        whether the launcher was started: then no instance runs, and nobody waits for this manager. One behind a port
+        was not.
 
     Raises:
         VtpmError: one did not come up; the message has the last line of its log.
@@ -126,18 +127,9 @@ def start_services(config: Config, layout: Layout) -> bool:
     run_dir = str(config.run_dir)
     try:
         _, launcher_started = _ensure(
-            "vtpm-launcher",
+            "vtpm-bridge" if config.launcher_port else "vtpm-launcher",
             lambda: launcher.call("status", NoArgs(), timeout_s=START_TIMEOUT_S),
-            [
-                "vtpm.launcher.main",
-                *("--run-dir", run_dir),
-                *("--state-dir", str(layout.launcher_dir)),
-                *("--manager-uid", str(layout.manager_uid)),
-                *("--uid-base", str(layout.instances_uid)),
-                *("--vm-images", str(config.vm_images)),
-                *("--vm-accelerator", config.vm_accelerator),
-                *("--vm-memory-mib", str(config.vm_memory_mib)),
-            ],
+            _bridge(config, layout) if config.launcher_port else _launcher(config, layout),
             layout.log_dir,
         )
         status, _ = _ensure(
@@ -160,10 +152,33 @@ def start_services(config: Config, layout: Layout) -> bool:
             layout.log_dir,
         )
         check_platform(config.platform_tpm, status)
-        return launcher_started
+        return launcher_started and not config.launcher_port
     finally:
         launcher.close()
         keeper.close()
+
+
+def _launcher(config: Config, layout: Layout) -> list[str]:
+    return [
+        "vtpm.launcher.main",
+        *("--run-dir", str(config.run_dir)),
+        *("--state-dir", str(layout.launcher_dir)),
+        *("--manager-uid", str(layout.manager_uid)),
+        *("--uid-base", str(layout.instances_uid)),
+        *("--vm-images", str(config.vm_images)),
+        *("--vm-accelerator", config.vm_accelerator),
+        *("--vm-memory-mib", str(config.vm_memory_mib)),
+    ]
+
+
+def _bridge(config: Config, layout: Layout) -> list[str]:
+    """The launcher is on the host: what is started here speaks for it, for as long as this machine runs."""
+    return [
+        "vtpm.bridge.main",
+        *("--run-dir", str(config.run_dir)),
+        *("--port", config.launcher_port),
+        *("--manager-uid", str(layout.manager_uid)),
+    ]
 
 
 def _ensure(name: str, ask: Callable[[], T], command: Sequence[str], log_dir: Path) -> tuple[T, bool]:
