@@ -39,6 +39,7 @@ CODECS = {
     "wire/guest_port": HeldBy("wire/test_guest_port.py", "guest_port", 75),
     "wire/evidence": HeldBy("wire/test_evidence.py", "evidence", 60),
     "wire/migration": HeldBy("wire/test_migration.py", "migration"),
+    "wire/launcher_port": HeldBy("wire/test_launcher_port.py", "launcher_port"),
     "wire/emulator": HeldBy("wire/test_control_decoder.py", "emulator", 95),
     "wire/emulator_messages": HeldBy("wire/test_emulator*.py", "emulator", 85),
     "wire/emulator_replies": HeldBy("wire/test_emulator*.py", "emulator", 90),

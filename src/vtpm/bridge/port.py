@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import select
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ from vtpm.errors import ProtocolError
 from vtpm.wire.framing import BadFrame
 from vtpm.wire.launcher_port import MAX_BODY_BYTES, Direction, Message, decode_message, encode_message
 from vtpm.wire.port_stream import PortStream
+
+_log = logging.getLogger("vtpm.bridge")
 
 
 class Port:
@@ -116,7 +119,11 @@ async def connected(fd: int) -> None:
     with select.epoll() as edges:
         # Edge-triggered: a port that is hung up says so all the time, and once more when that changes.
         edges.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        said = False
         while all(event & select.EPOLLHUP for _, event in edges.poll(0)):
+            if not said:
+                _log.warning("the host's end of the port is not open")
+            said = True
             changed: asyncio.Future[None] = loop.create_future()
             loop.add_reader(edges.fileno(), _set, changed)
             try:

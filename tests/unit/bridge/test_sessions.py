@@ -48,8 +48,12 @@ def test_links_carry_both_ways_when_several_are_open() -> None:
 
             async def both_ways(name: str) -> None:
                 instance = made.launcher.instances[name]
-                await asyncio.gather(sent(links[name], payloads[name]), sent(instance, payloads[name][::-1]),
-                                     check(links[name], payloads[name][::-1]), check(instance, payloads[name]))  # fmt: skip
+                await asyncio.gather(
+                    sent(links[name], payloads[name]),
+                    sent(instance, payloads[name][::-1]),
+                    check(links[name], payloads[name][::-1]),
+                    check(instance, payloads[name]),
+                )
 
             async def check(end: socket.socket, wanted: bytes) -> None:
                 assert await received(end, len(wanted)) == wanted

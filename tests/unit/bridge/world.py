@@ -1,4 +1,4 @@
-"""Both ends of a bridge in one loop, between a stand-in for the launcher and clients as a manager is; for tests beside it."""
+"""Both ends of a bridge in one loop, between a stand-in for the launcher and clients like a manager."""
 
 from __future__ import annotations
 
@@ -81,7 +81,6 @@ class World:
         self.host.mkdir()
         self.machine.mkdir()
         self.launcher = StandIn(self.host)
-        self._port = bind_unix_socket(folder / "port", socket.SOCK_STREAM, mode=0o600)
         self.allows = True
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.ends: list[socket.socket] = []
@@ -128,7 +127,6 @@ class World:
             await self.end(side)
         for end in self.ends:
             end.close()
-        self._port.close()
         await self.launcher.stop()
 
 

@@ -1,0 +1,226 @@
+"""The manager's virtual machine: Debian's kernel, Python, vtpm with what its services import, and a disk for the state.
+
+A guest like any other with the agent in it, so that a test runs `vtpm` inside. Its TPM is the platform TPM, as far as
+keeper and manager can tell, and its one way out is the port to the launcher.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tests.support.guest import Guest, GuestConfig, GuestError, ImageSpec, TpmModel, build_image
+from tests.support.uids import own_uid_base
+from vtpm.wire.launcher_port import LAUNCHER_PORT
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 120.0
+CLI_TIMEOUT_S = 90.0
+MEMORY_MIB = 512
+_LOG = "/run/managerd.log"
+_DISK_BYTES = 64 * 1024 * 1024
+_MODULES = "/usr/local/lib/python3.11/dist-packages"
+_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
+_PROGRAM = "#!/usr/bin/python3.11 -I\nimport sys\nfrom {module} import main\nsys.exit(main())\n"
+_PROGRAMS = {
+    "vtpm": "vtpm.cli.main",
+    "vtpm-managerd": "vtpm.starter.main",
+}
+_SETTINGS = f"""\
+platform_tpm = "device:/dev/tpmrm0"
+launcher_port = "/dev/virtio-ports/{LAUNCHER_PORT}"
+"""
+_SETUP = f"""
+mkdir -p /var/lib/vtpm /run/vtpm /dev/virtio-ports
+mount -t ext4 /dev/vda /var/lib/vtpm
+for port in /sys/class/virtio-ports/*; do
+    ln -s ../${{port##*/}} /dev/virtio-ports/$(cat $port/name)
+done
+test -e /dev/virtio-ports/{LAUNCHER_PORT}
+chgrp 59 /dev/tpmrm0
+chmod 660 /dev/tpmrm0
+setsid vtpm-managerd --config /etc/vtpm.toml > {_LOG} 2>&1 &
+"""
+
+
+def image_spec() -> ImageSpec:
+    """Return what the machine holds: of this checkout and its virtual environment."""
+    return ImageSpec(
+        name="manager",
+        modules=("virtio_pci", "virtio_blk", "virtio_console", "ext4"),
+        programs={"tpm2": "tpm2-tools", "tpm2_pcrread": "tpm2-tools"},
+        packages=("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"),
+        # The first brings all of tpm2-tss but what that opens at run time; the others are loaded by Python's packages.
+        libraries=tuple(
+            _LIBRARIES / name
+            for name in (
+                "libtss2-fapi.so.1",
+                "libtss2-rc.so.0",
+                "libtss2-tcti-device.so.0",
+                "libtpms.so.0",
+                "libgcc_s.so.1",
+                "libpthread.so.0",
+                "libdl.so.2",
+                "librt.so.1",
+                "libutil.so.1",
+            )
+        ),
+        trees={f"{_MODULES}/vtpm": CHECKOUT / "src" / "vtpm"},
+        files={
+            **_dependencies(),
+            **{f"/usr/bin/{name}": _PROGRAM.format(module=module).encode() for name, module in _PROGRAMS.items()},
+            "/etc/vtpm.toml": _SETTINGS.encode(),
+            "/etc/passwd": b"root:x:0:0:root:/root:/bin/sh\n",
+            "/etc/group": b"root:x:0:\ntss:x:59:\n",
+        },
+        setup=_SETUP,
+    )
+
+
+def _dependencies() -> Mapping[str, bytes]:
+    """Every file of the packages that vtpm needs, and of those that they need."""
+    found: dict[str, bytes] = {}
+    done: set[str] = set()
+    waiting = ["vtpm"]
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in done:
+            continue
+        done.add(name)
+        try:
+            package = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            # For another version of Python than this one.
+            continue
+        waiting += [
+            re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in package.requires or () if "extra ==" not in line
+        ]
+        # An editable installation of vtpm has a file that names this checkout.
+        left_out = {"__pycache__", ".."} | {f for f in map(str, package.files or ()) if f.endswith(".pth")}
+        for file in package.files or ():
+            if not left_out.intersection(file.parts):
+                found[f"{_MODULES}/{file}"] = Path(str(file.locate())).read_bytes()
+    return found
+
+
+def make_disk(path: Path) -> None:
+    """Make the disk for the manager's state."""
+    with path.open("wb") as file:
+        file.truncate(_DISK_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", str(path)], check=True, timeout=30, capture_output=True)
+
+
+class LauncherAlone:
+    """A launcher and the bridge beside it, as on a host whose manager is elsewhere. A context manager that ends both.
+
+    Args:
+        folder: a short path that other users may pass through.
+        images: folder of images for vTPMs' machines.
+    """
+
+    def __init__(self, folder: Path, images: Path) -> None:
+        self._folder = folder
+        self.run_dir = folder / "run"
+        self.port_socket = folder / "port.sock"
+        self.log = folder / "log"
+        self._images = images
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        for folder in (self.run_dir, self._folder / "state"):
+            folder.mkdir()
+        try:
+            self.start("launcher", "--state-dir", self._folder / "state", "--vm-images", self._images,
+                       "--vm-accelerator", "tcg", "--uid-base", own_uid_base())  # fmt: skip
+            self.start("bridge", "--machine", self.port_socket)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, service: str, *arguments: object) -> None:
+        """Start a service; return when it serves, by systemd's protocol."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as log:
+            place = self._folder / "notify"
+            place.unlink(missing_ok=True)
+            notify.bind(str(place))
+            notify.settimeout(30)
+            self._processes[service] = subprocess.Popen(
+                [sys.executable, "-I", "-m", f"vtpm.{service}.main", "--run-dir", self.run_dir, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "NOTIFY_SOCKET": str(place)},
+            )
+            assert notify.recv(64) == b"READY=1"
+
+    def stop(self, service: str) -> None:
+        """End a service in order."""
+        process = self._processes.pop(service)
+        process.terminate()
+        process.wait(30)
+
+    def close(self) -> None:
+        """End what runs; the launcher's instances end with it."""
+        for service in tuple(self._processes):
+            self.stop(service)
+
+
+class ManagerMachine(Guest):
+    """The machine; entering it waits until the manager serves.
+
+    Args:
+        tpm_control_socket: of the platform TPM's emulator.
+        port_socket: where the bridge listens.
+        disk: made by `make_disk`.
+        work_folder: logs.
+    """
+
+    def __init__(self, tpm_control_socket: Path, port_socket: Path, disk: Path, work_folder: Path) -> None:
+        ports = (
+            *("-device", "virtio-serial-pci", "-chardev", f"socket,id=launcher,path={port_socket},reconnect=1"),
+            *("-device", f"virtserialport,chardev=launcher,name={LAUNCHER_PORT}"),
+        )
+        config = GuestConfig(
+            build_image(image_spec()),
+            tpm_control_socket,
+            TpmModel.TIS,
+            memory_mib=MEMORY_MIB,
+            drives=(disk,),
+            extra_arguments=ports,
+        )
+        super().__init__(config, work_folder)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.wait_served()
+        return self
+
+    def wait_served(self) -> None:
+        """Wait until the manager that the boot started serves."""
+        script = f"for i in $(seq {START_TIMEOUT_S:.0f}); do grep -q 'ready: ' {_LOG} && exit; sleep 1; done; exit 1"
+        if self.run(script, START_TIMEOUT_S + 10).status != 0:
+            raise GuestError(f"the manager does not serve:\n{self.logs()}")
+
+    def logs(self) -> str:
+        """What the services in it logged."""
+        return self.run(f"tail -n 50 {_LOG} /var/lib/vtpm/log/*").stdout
+
+    def cli(self, *arguments: str) -> Any:
+        """Run `vtpm` in it, and return what it prints with --json."""
+        done = self.run(shlex.join(["vtpm", *arguments, "--json"]), CLI_TIMEOUT_S)
+        if done.status != 0:
+            raise GuestError(f"vtpm {arguments} ended with {done.status}: {done.stderr}\n{self.logs()}")
+        return json.loads(done.stdout)
