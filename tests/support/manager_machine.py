@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from tests.support.guest import Guest, GuestConfig, GuestError, ImageSpec, TpmModel, build_image
 from tests.support.uids import own_uid_base
+from vtpm.config import INSTANCE_UID_OFFSET, MANAGER_UID_OFFSET
 from vtpm.wire.launcher_port import LAUNCHER_PORT
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -139,9 +140,14 @@ class LauncherAlone:
         for folder in (self.run_dir, self._folder / "state"):
             folder.mkdir()
         try:
-            self.start("launcher", "--state-dir", self._folder / "state", "--vm-images", self._images,
-                       "--vm-accelerator", "tcg", "--uid-base", own_uid_base())  # fmt: skip
-            self.start("bridge", "--machine", self.port_socket)
+            # The bridge has a user of its own where it can, whom the launcher takes for the manager.
+            base = own_uid_base()
+            users = ("--manager-uid", base + MANAGER_UID_OFFSET) if os.geteuid() == 0 else ()
+            self.start(
+                *("launcher", "--state-dir", self._folder / "state", "--uid-base", base + INSTANCE_UID_OFFSET, *users),
+                *("--vm-images", self._images, "--vm-accelerator", "tcg"),
+            )
+            self.start("bridge", "--machine", self.port_socket, *users)
         except BaseException:
             self.close()
             raise

@@ -45,8 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     side.add_argument("--machine", type=Path, metavar="SOCKET", help="beside the launcher: QEMU connects here")
     side.add_argument("--port", type=Path, metavar="DEVICE", help="in the manager's machine: the virtio-serial port")
     parser.add_argument("--machine-uid", type=int, default=os.geteuid(), metavar="UID", help="with --machine: QEMU's")
-    parser.add_argument("--manager-uid", type=int, default=os.geteuid(), metavar="UID", help="run as this user")
+    parser.add_argument(
+        "--manager-uid", type=int, default=os.geteuid(), metavar="UID", help="run as this user; root must name one"
+    )
     args = parser.parse_args(argv)
+    if args.manager_uid == 0:
+        parser.error("--manager-uid must name a user that is not root, the one that the launcher was told")
     set_up_logging(PROGRAM)
     set_title(PROGRAM)
     forbid_dumps()

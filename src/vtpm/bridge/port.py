@@ -12,6 +12,8 @@ from vtpm.wire.framing import BadFrame
 from vtpm.wire.launcher_port import MAX_BODY_BYTES, Direction, Message, decode_message, encode_message
 from vtpm.wire.port_stream import PortStream
 
+MAX_WAITING_BYTES = 1024 * 1024
+"""Much more than two sides that read have waiting for one another: what goes past it is for one that does not."""
 _log = logging.getLogger("vtpm.bridge")
 
 
@@ -24,7 +26,7 @@ class Port:
         on_message: takes what came.
         on_damage: called instead, with the reason, for what was no message.
         on_room: called when `congested` has become false again.
-        on_gone: called once, when the other side is gone; the port is of no use any more.
+        on_gone: called once, when the other side is gone or reads nothing; the port is of no use any more.
     """
 
     def __init__(
@@ -59,7 +61,10 @@ class Port:
             # Told from the loop, and not in the middle of what the caller does.
             self._loop.call_soon(self._end)
             return
-        if self._stream.want_write:
+        if self._stream.waiting_bytes > MAX_WAITING_BYTES:
+            _log.error("the other side of the port reads nothing")
+            self._loop.call_soon(self._end)
+        elif self._stream.want_write:
             self._loop.add_writer(self._stream.fileno(), self._write)
 
     def close(self) -> None:

@@ -39,6 +39,11 @@ class PortStream:
         return bool(self._out)
 
     @property
+    def waiting_bytes(self) -> int:
+        """Bytes that wait for the descriptor to take them."""
+        return len(self._out)
+
+    @property
     def congested(self) -> bool:
         """Whether so much waits that nothing more should be taken on that leads to a message."""
         return len(self._out) > CONGESTED_BYTES
