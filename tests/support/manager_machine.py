@@ -134,20 +134,20 @@ class LauncherAlone:
         self.port_socket = folder / "port.sock"
         self.log = folder / "log"
         self._images = images
+        self._base = own_uid_base()
+        # The bridge has a user of its own where it can, whom the launcher takes for the manager.
+        self._manager = ("--manager-uid", self._base + MANAGER_UID_OFFSET) if os.geteuid() == 0 else ()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         for folder in (self.run_dir, self._folder / "state"):
             folder.mkdir()
         try:
-            # The bridge has a user of its own where it can, whom the launcher takes for the manager.
-            base = own_uid_base()
-            users = ("--manager-uid", base + MANAGER_UID_OFFSET) if os.geteuid() == 0 else ()
-            self.start(
-                *("launcher", "--state-dir", self._folder / "state", "--uid-base", base + INSTANCE_UID_OFFSET, *users),
-                *("--vm-images", self._images, "--vm-accelerator", "tcg"),
+            self._start(
+                *("launcher", "--state-dir", self._folder / "state", "--uid-base", self._base + INSTANCE_UID_OFFSET),
+                *("--vm-images", self._images, "--vm-accelerator", "tcg", *self._manager),
             )
-            self.start("bridge", "--machine", self.port_socket, *users)
+            self.start_bridge()
         except BaseException:
             self.close()
             raise
@@ -156,12 +156,18 @@ class LauncherAlone:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, service: str, *arguments: object) -> None:
-        """Start a service; return when it serves, by systemd's protocol."""
+    def start_bridge(self) -> None:
+        """Start the bridge; return when it serves."""
+        self._start("bridge", "--machine", self.port_socket, *self._manager)
+
+    def _start(self, service: str, *arguments: object) -> None:
+        # Told by systemd's protocol when it serves.
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as log:
             place = self._folder / "notify"
             place.unlink(missing_ok=True)
             notify.bind(str(place))
+            # As systemd's: a service tells after it has become another user.
+            place.chmod(0o777)
             notify.settimeout(30)
             self._processes[service] = subprocess.Popen(
                 [sys.executable, "-I", "-m", f"vtpm.{service}.main", "--run-dir", self.run_dir, *map(str, arguments)],

@@ -86,3 +86,10 @@ def test_new_images_are_allowed_without_hardware_unless_told_otherwise(
     tmp_path: Path, text: str, platform_tpm: str, allows: bool
 ) -> None:
     assert _load(tmp_path, text, platform_tpm).allows_new_images is allows
+
+
+def test_launcher_is_here_unless_a_port_to_it_is_named(tmp_path: Path) -> None:
+    assert _load(tmp_path, "").launcher_port == ""
+    assert _load(tmp_path, 'launcher_port = "/dev/vport0p1"').launcher_port == "/dev/vport0p1"
+    with pytest.raises(UsageError, match="launcher_port"):
+        _load(tmp_path, "launcher_port = 1")

@@ -20,9 +20,9 @@ from tests.support.processes import short_directory
 pytestmark = pytest.mark.timeout(420)
 
 
-@pytest.fixture
-def launcher(tmp_path: Path) -> Iterator[LauncherAlone]:
-    images = build_vtpmd(tmp_path)
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LauncherAlone]:
+    images = build_vtpmd(tmp_path_factory.mktemp("vm"))
     with short_directory() as folder:
         # The vTPMs' machines and their guests have users of their own.
         folder.chmod(0o755)
@@ -30,19 +30,20 @@ def launcher(tmp_path: Path) -> Iterator[LauncherAlone]:
             yield launcher
 
 
-@pytest.fixture
-def manager(launcher: LauncherAlone, tmp_path: Path) -> Iterator[ManagerMachine]:
-    disk = tmp_path / "disk"
+@pytest.fixture(scope="module")
+def manager(launcher: LauncherAlone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagerMachine]:
+    folder = tmp_path_factory.mktemp("manager")
+    disk = folder / "disk"
     make_disk(disk)
     with (
-        swtpm_emulator(tmp_path / "platform-tpm") as platform_tpm,
-        ManagerMachine(platform_tpm, launcher.port_socket, disk, tmp_path / "manager") as machine,
+        swtpm_emulator(folder / "platform-tpm") as platform_tpm,
+        ManagerMachine(platform_tpm, launcher.port_socket, disk, folder / "machine") as machine,
     ):
         yield machine
 
 
 def test_guest_finds_what_it_wrote_when_the_machines_of_its_vtpm_and_of_the_manager_were_restarted(
-    launcher: LauncherAlone, manager: ManagerMachine, tmp_path: Path
+    manager: ManagerMachine, tmp_path: Path
 ) -> None:
     manager.cli("create", "web1", "--domain", "qemu")
     first = manager.cli("start", "web1")
@@ -70,3 +71,19 @@ def test_guest_finds_what_it_wrote_when_the_machines_of_its_vtpm_and_of_the_mana
         guest.check(f"tpm2_nvundefine -C o {checks.NV_INDEX:#x} && tpm2_evictcontrol -Q -C o -c {checks.KEY_HANDLE:#x}")
         checks.leave_traces(guest)
         guest.power_off()
+    manager.cli("stop", "web1")
+
+
+def test_vtpm_is_ended_and_can_be_started_again_when_the_bridge_on_the_host_was_restarted(
+    launcher: LauncherAlone, manager: ManagerMachine
+) -> None:
+    manager.cli("create", "web2", "--domain", "qemu")
+    before = manager.cli("start", "web2")
+    launcher.stop("bridge")
+    launcher.start_bridge()
+    # To the manager the launcher had gone, so nothing of it may run on.
+    assert wait_ended(before["pid"], 30)
+    assert manager.cli("show", "web2")["state"] == "stopped"
+    after = manager.cli("start", "web2")
+    assert (after["state"], after["pid"] != before["pid"]) == ("running", True)
+    manager.cli("stop", "web2")

@@ -112,8 +112,12 @@ async def host_by_hand() -> AsyncIterator[tuple[Peer, Any]]:
                     await task
 
 
+def _request(op: str, text: str) -> bytes:
+    return service.encode_request(STAND_IN, 1, op, Text(text))
+
+
 async def _attach(peer: Peer, name: str) -> int:
-    await peer.send(Packet(0, 0, service.encode_request(STAND_IN, 1, "attach", Text(name))))
+    await peer.send(Packet(0, 0, _request("attach", name)))
     answer = await peer.next()
     assert isinstance(answer, Packet)
     assert answer.links == 1
@@ -126,7 +130,7 @@ async def _attach(peer: Peer, name: str) -> int:
         encode_frame(b"nonsense"),
         encode_frame(encode_message(Close(1), Direction.TO_LAUNCHER))[:-3] + b"\xc0",
         encode_frame(encode_message(Ended(), Direction.TO_MANAGER)),
-        encode_frame(encode_message(Packet(1, 1, b"{}"), Direction.TO_LAUNCHER)),
+        encode_frame(encode_message(Packet(1, 1, _request("say", "hello")), Direction.TO_LAUNCHER)),
         encode_frame(encode_message(Data(7, b"x"), Direction.TO_LAUNCHER)),
         encode_frame(encode_message(Taken(1, 1), Direction.TO_LAUNCHER)),
     ],
@@ -180,7 +184,8 @@ def test_messages_of_an_earlier_session_are_dropped_when_a_machine_has_begun_ane
         async with host_by_hand() as (peer, _):
             first = await peer.next()
             assert isinstance(first, Hello)
-            await peer.send(Packet(1, 1, b"{}"), Data(1, b"x"), Ready(bytes(8)), Data(1, b"x"), Ended())
+            # In a session, each of the links would be answered by Close.
+            await peer.send(Packet(1, 1, b"{}"), Data(1, b"x"), Ready(bytes(8)), Packet(1, 2, b"{}"), Ended())
             second = await peer.next()
             assert isinstance(second, Hello)
             assert second.session != first.session
