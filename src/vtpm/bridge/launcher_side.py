@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 from vtpm.bridge.links import Links
 from vtpm.bridge.port import Port
-from vtpm.errors import ProtocolError, UnavailableError
+from vtpm.errors import AccessDeniedError, ProtocolError, UnavailableError
 from vtpm.wire.launcher_port import Close, Data, Direction, Ended, Hello, Message, Packet, Ready, Taken
 from vtpm.wire.packet_stream import PacketStream
 
@@ -27,7 +27,8 @@ class LauncherSide:
 
     Args:
         machine: the port's end on the host, a stream socket; this object's from now on.
-        connect: makes a connection to the launcher; raises UnavailableError while there is none.
+        connect: makes a connection to the launcher; raises UnavailableError while there is none, and
+            AccessDeniedError while this user may not use it.
     """
 
     def __init__(self, machine: socket.socket, connect: Callable[[], Awaitable[socket.socket]]) -> None:
@@ -75,7 +76,7 @@ class LauncherSide:
             try:
                 connection = await self._connect()
                 break
-            except UnavailableError as error:
+            except (UnavailableError, AccessDeniedError) as error:
                 if not said:
                     _log.warning("the manager waits: %s", error.message)
                 said = True

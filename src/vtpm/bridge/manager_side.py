@@ -147,6 +147,10 @@ class ManagerSide:
             connection, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as error:
+            # Out of descriptors: those of this session's links are let go.
+            self._on_damage(f"a client cannot be accepted: {error.strerror}")
+            return
         uid = peer_of(connection).uid
         if not self._allows(uid):
             _log.warning("uid %d may not use the launcher", uid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 import tempfile
 from collections.abc import AsyncIterator
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 
 from tests.unit.bridge.world import LIMIT_S, STAND_IN, Text, received, run, sent, world
+from vtpm.bridge import launcher_side
 from vtpm.bridge import port as bridge_port
 from vtpm.bridge.launcher_side import LauncherSide
 from vtpm.bridge.links import MAX_LINKS, Links
 from vtpm.bridge.manager_side import ManagerSide
 from vtpm.bridge.port import connected
-from vtpm.errors import ProtocolError
+from vtpm.errors import AccessDeniedError, ProtocolError, UnavailableError, VtpmError
 from vtpm.wire import service
 from vtpm.wire.framing import BadFrame, encode_frame
 from vtpm.wire.launcher_port import (
@@ -175,6 +177,49 @@ def test_launchers_side_lets_the_machine_go_when_it_sends_and_reads_nothing(monk
                     await asyncio.sleep(0)
             except OSError:
                 await side
+
+    run(test)
+
+
+def test_launcher_is_tried_again_when_it_was_not_there_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher_side, "RETRY_S", 0.01)
+    failures: list[VtpmError] = [UnavailableError("not there"), AccessDeniedError("not for you")]
+
+    async def test() -> None:
+        async with world() as made:
+
+            async def connect() -> socket.socket:
+                if failures:
+                    raise failures.pop()
+                return connect_service(STAND_IN, made.host / "launcher.sock", LIMIT_S)
+
+            ours, theirs = socket.socketpair()
+            side = asyncio.ensure_future(LauncherSide(theirs, connect).run())
+            with ours:
+                peer = Peer(ours, Direction.TO_LAUNCHER)
+                await peer.send(Hello(SESSION))
+                assert [await peer.next(), await peer.next()] == [Ended(), Ready(SESSION)]
+                assert not failures
+            await side
+
+    run(test)
+
+
+def test_session_is_over_when_a_client_cannot_be_accepted() -> None:
+    async def test() -> None:
+        async with host_by_hand() as (peer, connect):
+            hello = await peer.next()
+            assert isinstance(hello, Hello)
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            await peer.send(Ready(hello.session))
+            waiting = await _until_let_in(connect)
+            with waiting:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+                try:
+                    assert isinstance(await peer.next(), Hello)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     run(test)
 
