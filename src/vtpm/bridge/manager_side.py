@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from vtpm.bridge.links import Links
 from vtpm.bridge.port import Port, connected
-from vtpm.errors import ProtocolError
+from vtpm.errors import ProtocolError, VtpmError
 from vtpm.wire.launcher_port import SESSION_BYTES, Close, Data, Direction, Ended, Hello, Message, Packet, Ready, Taken
 from vtpm.wire.packet_stream import PacketStream, close_fds, peer_of
 
@@ -40,6 +40,7 @@ class ManagerSide:
         self._loop = asyncio.get_running_loop()
         self._port: Port | None = None
         self._hung_up = asyncio.Event()
+        self._failure: VtpmError | None = None
         self._session = b""
         self._is_ready = False
         self._listener: socket.socket | None = None
@@ -48,7 +49,7 @@ class ManagerSide:
         self._links = Links(self._send, self._is_congested)
 
     async def run(self) -> None:
-        """Serve until it is cancelled."""
+        """Serve until it is cancelled. Raises VtpmError: the launcher's socket cannot be made."""
         try:
             while True:
                 await connected(self._port_fd)
@@ -63,6 +64,8 @@ class ManagerSide:
                 )
                 self._begin()
                 await self._hung_up.wait()
+                if self._failure is not None:
+                    raise self._failure
         finally:
             self._stop()
             if self._port is not None:
@@ -130,6 +133,9 @@ class ManagerSide:
                     self._links.follow(message)
         except ProtocolError as error:
             self._on_damage(error.message)
+        except VtpmError as error:
+            self._failure = error
+            self._hung_up.set()
 
     def _serve(self) -> None:
         self._is_ready = True

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.bridge.world import LIMIT_S, STAND_IN, Text, received, run, sent, world
+from tests.unit.bridge.world import LIMIT_S, STAND_IN, Text, readable, received, run, sent, world
 from vtpm.bridge import launcher_side
 from vtpm.bridge import port as bridge_port
 from vtpm.bridge.launcher_side import LauncherSide
@@ -63,12 +63,12 @@ class Peer:
     async def next(self) -> Message:
         """The next message; every frame must be one."""
         while not self._came:
+            await readable(self.end)
             bodies = self._stream.receive()
             assert bodies is not None, "the other end has closed the port"
             for body in bodies:
                 assert not isinstance(body, BadFrame)
                 self._came.append(decode_message(body, self._takes))
-            await asyncio.sleep(0.001)
         return self._came.pop(0)
 
 
@@ -220,6 +220,24 @@ def test_session_is_over_when_a_client_cannot_be_accepted() -> None:
                     assert isinstance(await peer.next(), Hello)
                 finally:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    run(test)
+
+
+def test_managers_side_ends_when_it_cannot_make_the_launchers_socket() -> None:
+    def listen() -> socket.socket:
+        raise UnavailableError("the socket cannot be made: no space left")
+
+    async def test() -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            side = asyncio.ensure_future(ManagerSide(theirs.fileno(), listen, lambda _uid: True).run())
+            peer = Peer(ours, Direction.TO_MANAGER)
+            hello = await peer.next()
+            assert isinstance(hello, Hello)
+            await peer.send(Ready(hello.session))
+            with pytest.raises(UnavailableError, match="no space left"):
+                await side
 
     run(test)
 

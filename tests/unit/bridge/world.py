@@ -152,6 +152,17 @@ async def attached(client: AsyncPacketClient, name: str) -> socket.socket:
     return link
 
 
+async def readable(end: socket.socket) -> None:
+    """Wait until something has come."""
+    loop = asyncio.get_running_loop()
+    came = asyncio.Event()
+    loop.add_reader(end, came.set)
+    try:
+        await came.wait()
+    finally:
+        loop.remove_reader(end)
+
+
 async def received(end: socket.socket, count: int) -> bytes:
     """So many bytes, or fewer at the end of the stream."""
     loop, data = asyncio.get_running_loop(), b""
