@@ -66,6 +66,20 @@ def test_anchor_is_refused_when_it_has_another_form(version: int, size: int) -> 
         Anchor(version, bytes(size))
 
 
+def test_nothing_is_written_when_another_keeper_has_moved_the_anchor(
+    platform: PlatformTpm, blob: SealedBlob, anchor: AnchorIndex
+) -> None:
+    """The root key is in every copy of a state directory, and the TPM is one."""
+    anchor.write(Anchor(3, DIGEST))
+    with platform.open_anchor(blob, ROOT) as second:
+        second.write(Anchor(9, bytes(32)))
+        for version in (4, 10, 4):
+            with pytest.raises(PlatformTpmError, match="another keeper has moved the anchor"):
+                anchor.write(Anchor(version, DIGEST))
+        assert second.read() == Anchor(9, bytes(32))
+        second.write(Anchor(10, bytes(32)))
+
+
 def test_last_write_is_there_when_the_tpm_was_killed(tpm: Tpm, anchor: AnchorIndex) -> None:
     anchor.write(Anchor(1, DIGEST))
     assert not anchor.reset_seen
@@ -139,7 +153,11 @@ def test_root_and_policy_are_served_when_the_anchor_is_open(
     assert anchor.read() == Anchor(2, DIGEST)
 
 
-def test_write_takes_two_commands_when_nothing_was_lost(anchor: AnchorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_write_takes_few_commands_when_nothing_was_lost(
+    platform: PlatformTpm, blob: SealedBlob, monkeypatch: pytest.MonkeyPatch, *, shared: bool
+) -> None:
+    anchor = platform.open_anchor(blob, ROOT, shared=shared)
     sent: list[str] = []
 
     def count(name: str) -> None:
@@ -155,7 +173,7 @@ def test_write_takes_two_commands_when_nothing_was_lost(anchor: AnchorIndex, mon
         count(name)
     for version in range(1, 4):
         anchor.write(Anchor(version, DIGEST))
-    assert sent == ["policy_signed", "nv_write"] * 3
+    assert sent == [*["nv_read"] * shared, "policy_signed", "nv_write"] * 3
 
 
 def test_anchor_is_refused_when_the_root_key_is_another(platform: PlatformTpm, blob: SealedBlob) -> None:

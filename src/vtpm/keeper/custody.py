@@ -23,7 +23,7 @@ from vtpm.keeper import escrow
 from vtpm.keeper.launches import Held, Launches, refused_pcr
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import NewRoot, RootKey, has_root_file, open_root_key, save_root_file, seal_again
-from vtpm.platform_tpm.anchor import FIRST_ANCHOR, Anchor, AnchorIndex
+from vtpm.platform_tpm.anchor import Anchor, AnchorIndex
 from vtpm.platform_tpm.pcrs import PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm, TpmInfo
 from vtpm.platform_tpm.root_policy import PcrSet, PcrSets
@@ -31,7 +31,7 @@ from vtpm.platform_tpm.sealed_blob import SealedBlob
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import KEY_BYTES, Secret
 from vtpm.tpm.launch_log import Launch
-from vtpm.wire.keeper import PcrState
+from vtpm.wire.keeper import PcrState, PlatformKind
 
 BUSY_S = 5.0
 """How long a call waits for the one before it: no longer than whoever asks for a write of the anchor waits."""
@@ -60,8 +60,8 @@ class Custody:
         self._busy = threading.Lock()
         self._tpm: PlatformTpm | None = None
         self._anchor: AnchorIndex | None = None
-        # Outlives the connection: a TPM that comes back with an older one is no TPM that was away.
-        self._last_anchor = FIRST_ANCHOR
+        # Outlives the connection: a TPM that comes back with another one is no TPM that was away.
+        self._known_anchors: tuple[Anchor, ...] = ()
         self._root: RootKey | None = None
         self._locked: VtpmError = StateError("the root key was not opened yet")
         self._tried_at = 0.0
@@ -133,7 +133,7 @@ class Custody:
         # The fence first: whatever fails after it, the key was opened in this boot.
         if self._new.fence_pcr is not None:
             tpm.extend_fence(root.blob, root.secret, self._new.fence_pcr)
-        self._anchor = tpm.open_anchor(root.blob, root.secret)
+        self._anchor = tpm.open_anchor(root.blob, root.secret, shared=self._is_shared)
         self._root = root
 
     def _check_fence(self, tpm: PlatformTpm) -> None:
@@ -160,7 +160,7 @@ class Custody:
 
     def _disconnect(self) -> None:
         if self._anchor is not None:
-            self._last_anchor = self._anchor.last
+            self._known_anchors = self._anchor.known
             self._anchor.close()
             self._anchor = None
         if self._tpm is not None:
@@ -342,11 +342,16 @@ class Custody:
         self._ask(lambda _: self._open_anchor().write(anchor))
         self.anchor_writes += 1
 
+    @property
+    def _is_shared(self) -> bool:
+        # The embedded TPM is this state directory's alone, and a lock in it keeps others out.
+        return self._platform.kind is not PlatformKind.EMBEDDED
+
     def _open_anchor(self) -> AnchorIndex:
         root = self.root
         if self._anchor is None:
             assert self._tpm is not None
-            self._anchor = self._tpm.open_anchor(root.blob, root.secret, self._last_anchor)
+            self._anchor = self._tpm.open_anchor(root.blob, root.secret, self._known_anchors, shared=self._is_shared)
         return self._anchor
 
     # -- the TPM ----------------------------------------------------------------------------------------------------

@@ -67,15 +67,17 @@ def anchor_index(handle: int, authority: WriteAuthority) -> NvIndex:
 class AnchorIndex:
     """The anchor index, open for reading and writing; made by PlatformTpm.open_anchor, for one thread at a time.
 
-    What it needs stays loaded in the TPM, so that a write is two commands. When the TPM has lost it (reset, sleep,
-    another client's flush) or has gone and is back, it is loaded anew, with all checks.
+    What it needs stays loaded in the TPM, so that a write is two commands, or three where it is read first. When the
+    TPM has lost it (reset, sleep, another client's flush) or has gone and is back, it is loaded anew, with all checks.
 
     Args:
         connection: to the TPM.
         index: what it is to be.
         authority: writes it; wiped at `close`.
         srk_name: what the storage primary key's Name is to be.
-        last: what the TPM is known to have held; one with a lesser version is refused.
+        known: what the TPM can hold by what an earlier connection saw, the older first; empty: anything.
+        shared: whether others of this platform reach the TPM: then it is read before each write, for the key is in
+            every copy of the state directory, and no lock of files keeps two of them apart.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class AnchorIndex:
         index: NvIndex,
         authority: WriteAuthority,
         srk_name: bytes,
-        last: Anchor = FIRST_ANCHOR,
+        known: tuple[Anchor, ...] = (),
+        *,
+        shared: bool = True,
     ) -> None:
         self._connection = connection
         self._index = index
@@ -93,7 +97,10 @@ class AnchorIndex:
         self._writer: IndexWriter | None = None
         self._generation = -1
         self._handle: Any = None
-        self._last = last
+        self._reader: Any = None
+        self._last = known[0] if known else FIRST_ANCHOR
+        self._known = known
+        self._shared = shared
         self._connection.run("open the anchor", self._establish)
 
     def __enter__(self) -> Self:
@@ -118,9 +125,9 @@ class AnchorIndex:
         return self._connection.reset_seen
 
     @property
-    def last(self) -> Anchor:
-        """What the TPM held when it was asked or written last."""
-        return self._last
+    def known(self) -> tuple[Anchor, ...]:
+        """What the TPM can hold unless others write it: two where a write was not answered, the older first."""
+        return self._known
 
     def read(self) -> Anchor:
         """Return what the TPM holds, in an answer that only the TPM can have made.
@@ -162,15 +169,18 @@ class AnchorIndex:
                 self._write_newer(anchor)
 
     def _write_newer(self, anchor: Anchor) -> None:
-        # The last one is what the TPM itself said, or what it said it had written: nobody else has the key.
+        # The last one is what the TPM itself said, or what it said it had written.
         if anchor.version <= self._last.version:
             raise ConflictError(
                 f"the anchor in the platform TPM has version {self._last.version}: it cannot go to {anchor.version}"
             )
         if self._writer is None:
             raise StateError("the anchor is closed")
+        if self._shared:
+            self._refuse_others()
+        self._known = (self._last, anchor)
         self._writer.write(self._handle, self._index, anchor.to_bytes())
-        self._last = anchor
+        self._last, self._known = anchor, (anchor,)
 
     def _come_back(self, error: TSS2_Exception) -> None:
         """Load everything anew after a failed command, or raise what it failed with."""
@@ -183,28 +193,50 @@ class AnchorIndex:
     def _establish(self) -> None:
         self._drop()
         self._writer = IndexWriter(self._connection, self._authority, self._srk_name)
+        if self._shared:
+            with self._connection.storage_primary(self._srk_name) as (srk, _):
+                self._reader = self._connection.start_session(srk, TPM2_SE.HMAC, 0)
         self._generation = self._connection.generation
         self._check()
 
     def _check(self) -> None:
         """Find the index by its Name and read it in an authenticated session."""
         connection = self._connection
-        ref = self._index.ref
-        self._handle = nv_index.locate(connection, ref, _TITLE)
+        self._handle = nv_index.locate(connection, self._index.ref, _TITLE)
         with connection.storage_primary(self._srk_name) as (srk, _):
             connection.note_reset(srk)
             with connection.session(srk, TPM2_SE.HMAC, 0) as session:
-                data = nv_index.read(connection, self._handle, ref, _TITLE, ANCHOR_BYTES, session)
-        found = Anchor.from_bytes(data)
+                found = self._held(session)
+        self._refuse_unknown(found)
+        self._last, self._known = found, (found,)
+
+    def _refuse_others(self) -> None:
+        if self._held(self._reader) not in self._known:
+            # Which says whether it is another's index, an older value, or another's value.
+            self._check()
+
+    def _refuse_unknown(self, found: Anchor) -> None:
         if found.version < self._last.version:
             raise PlatformTpmError(
-                f"the anchor in the platform TPM {connection.tcti!r} went back from version {self._last.version} to "
-                f"{found.version}",
+                f"the anchor in the platform TPM {self._connection.tcti!r} went back from version "
+                f"{self._last.version} to {found.version}",
                 next_step=nv_index.RECOVER,
             )
-        self._last = found
+        if self._known and found not in self._known:
+            raise PlatformTpmError(
+                f"another keeper has moved the anchor in the platform TPM {self._connection.tcti!r} to version "
+                f"{found.version}: two copies of one state directory are in use",
+                next_step="Stop every manager and keeper but those of the newest copy, and start these again",
+            )
+
+    def _held(self, session: Any) -> Anchor:
+        return Anchor.from_bytes(
+            nv_index.read(self._connection, self._handle, self._index.ref, _TITLE, ANCHOR_BYTES, session)
+        )
 
     def _drop(self) -> None:
         if self._writer is not None and self._generation == self._connection.generation:
             self._writer.close()
-        self._writer = None
+            if self._reader is not None:
+                self._connection.flush(self._reader)
+        self._writer = self._reader = None

@@ -15,7 +15,7 @@ from tpm2_pytss import TPM2_CAP, TPM2_SE, TPMA_SESSION
 
 from vtpm.errors import PlatformTpmError, UsageError
 from vtpm.platform_tpm import attestation, fence, pcr_access, sealing
-from vtpm.platform_tpm.anchor import FIRST_ANCHOR, Anchor, AnchorIndex, anchor_index
+from vtpm.platform_tpm.anchor import Anchor, AnchorIndex, anchor_index
 from vtpm.platform_tpm.attestation import Identity, SignedAttest
 from vtpm.platform_tpm.connection import PT_MANUFACTURER, Connection
 from vtpm.platform_tpm.pcrs import PCR_COUNT, PcrBank, PcrSelection
@@ -348,19 +348,22 @@ class PlatformTpm:
 
     # The anchor.
 
-    def open_anchor(self, blob: SealedBlob, root: Secret, last: Anchor = FIRST_ANCHOR) -> AnchorIndex:
+    def open_anchor(
+        self, blob: SealedBlob, root: Secret, known: tuple[Anchor, ...] = (), *, shared: bool = True
+    ) -> AnchorIndex:
         """Open the anchor index, for as long as this connection; one at a time.
 
         Args:
-            last: what it is known to have held, over an earlier connection.
+            known: what it can hold by what an earlier connection saw; see AnchorIndex.
+            shared: whether others of this platform reach the TPM; see AnchorIndex.
         Raises:
-            PlatformTpmError: it is missing, was redefined or went back behind `last`, or the TPM is another.
+            PlatformTpmError: it is missing, was redefined, went back or was moved by others, or the TPM is another.
             StateError: the blob is damaged, or is not of this root key.
         """
         blob.verify(root)
         authority = WriteAuthority(root)
         index = anchor_index(blob.anchor_index.handle, authority)
-        return AnchorIndex(self._connection, index, authority, blob.srk_name, last)
+        return AnchorIndex(self._connection, index, authority, blob.srk_name, known, shared=shared)
 
     def _check_set(self, one: PcrSet, zero_pcrs: ZeroPcrs, fence_pcr: int | None, services_pcr: int | None) -> None:
         refuse_zeros(one, zero_pcrs, fence_pcr, services_pcr)
