@@ -19,7 +19,7 @@ from vtpm.domains.base import ORDERLY, Domain
 from vtpm.domains.process import ProcessDomain
 from vtpm.domains.qemu import QemuDomain
 from vtpm.tpm.return_codes import Rc20
-from vtpm.tpm.types import Startup, StateKind, TpmVersion
+from vtpm.tpm.types import Make, Startup, StateKind, TpmVersion
 from vtpm.wire.emulator import Command, Init, Plain
 from vtpm.wire.instance_spec import Role
 from vtpm.wire.manager_link import ClientKind, Ready
@@ -27,19 +27,22 @@ from vtpm.wire.manager_link import ClientKind, Ready
 INDEX = 0x01500001
 FAILURE = int(Rc20.TPM_RC_FAILURE)
 
-KINDS = ("process", "qemu")
+KINDS = ("process", "qemu", "qemu-swtpm")
+OFFERS_1_2 = ("process", "qemu")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def domain(request: pytest.FixtureRequest) -> Domain:
     if request.param == "process":
         return ProcessDomain()
-    return QemuDomain(request.getfixturevalue("images"), TCG, 96)
+    make = Make.SWTPM if request.param == "qemu-swtpm" else Make.LIBTPMS
+    images = build_vtpmd(request.getfixturevalue("place"), make)
+    return QemuDomain(images, TCG, 96, make)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_vtpmd(tmp_path_factory.mktemp("vm"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vm")
 
 
 @pytest.fixture
@@ -129,6 +132,7 @@ def test_guest_gets_failures_until_it_resets_when_its_domain_died(vtpm: HeldVtpm
         assert manager.of(Ready)[0].client is ClientKind.EMULATOR
 
 
+@pytest.mark.parametrize("domain", OFFERS_1_2, indirect=True, scope="module")
 def test_tpm_1_2_is_served_when_the_vtpm_is_one(domain: Domain) -> None:
     with HeldVtpm(domain, TpmVersion.V1_2) as vtpm:
         assert vtpm.start().power_on(Startup.CLEAR).code == ""

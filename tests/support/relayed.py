@@ -10,10 +10,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from tests.support import vtpmd as plain
 from tests.support.vtpmd import TIMEOUT_S, Vtpmd
+from vtpm.foreign.swtpm_engine import SwtpmEngine
 from vtpm.instance.vm_main import serve
 from vtpm.relay.main import prepare
 from vtpm.wire.instance_spec import InstanceArgs
@@ -26,13 +29,15 @@ class RelayedVtpmd(Vtpmd):
     """See the module. `process` is the relay, which ends as the vtpmd says; `vm` is the vtpmd."""
 
     vm: subprocess.Popen[bytes]
+    machine = "vm"
+    """Which of MACHINES it is."""
 
     def _start(self, args: InstanceArgs, fds: list[int]) -> subprocess.Popen[bytes]:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             relay_fds = [*fds]
             relay_fds[MANAGER_LINK_AT] = ours.fileno()
-            self.vm = self._run("tests.support.relayed", "vm", [theirs.fileno(), fds[MANAGER_LINK_AT]])
+            self.vm = self._run("tests.support.relayed", self.machine, [theirs.fileno(), fds[MANAGER_LINK_AT]])
             return self._run("tests.support.relayed", json.dumps(args.to_json()), relay_fds)
 
     def kill(self) -> None:
@@ -46,8 +51,25 @@ class RelayedVtpmd(Vtpmd):
         return super().processor_s() + plain.processor_s(self.vm.pid)
 
 
+class ForeignVtpmd(RelayedVtpmd):
+    """The same with Debian's swtpm as the TPM."""
+
+    machine = "vm-swtpm"
+
+
+def _serve_swtpm(guest_fd: int, manager_fd: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="vtpm-swtpm-") as folder:
+        return serve(guest_fd, manager_fd, partial(SwtpmEngine, folder=folder))
+
+
+MACHINES: Mapping[str, Callable[[int, int], int]] = {"vm": serve, "vm-swtpm": _serve_swtpm}
+
+
 def _main(args: str, fds: Sequence[int]) -> int:
-    return serve(*fds) if args == "vm" else plain.run_prepared(prepare, args, fds)
+    if args in MACHINES:
+        guest_fd, manager_fd = fds
+        return MACHINES[args](guest_fd, manager_fd)
+    return plain.run_prepared(prepare, args, fds)
 
 
 if __name__ == "__main__":

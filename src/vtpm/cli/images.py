@@ -15,6 +15,7 @@ from vtpm.cli.files import replace_file
 from vtpm.cli.output import Output, print_fields, print_json, print_line, print_message, print_table, progress
 from vtpm.cli.session import Session, json_option, pass_session
 from vtpm.errors import NotFoundError, UsageError
+from vtpm.tpm.types import Make
 from vtpm.wire.paths import default_cache_dir, default_image_dir
 
 _PATH = click.Path(path_type=Path)
@@ -22,6 +23,13 @@ _SHORTEST_PREFIX = 6
 
 images_option = click.option(
     "--images", type=_PATH, metavar="DIR", help="Where images are kept.  [default: /var/lib/vtpm/images, or the user's]"
+)
+make_option = click.option(
+    "--make",
+    type=click.Choice([make.value for make in Make]),
+    default=Make.LIBTPMS.value,
+    show_default=True,
+    help="Of the vTPMs that it is to run.",
 )
 lock_option = click.option(
     "--lock", "lock_file", type=_PATH, metavar="FILE", help="Pins packages.  [default: that of this version of vtpm]"
@@ -34,15 +42,16 @@ def image() -> None:
 
 
 @image.command()
+@make_option
 @images_option
 @lock_option
 @click.option("--cache", type=_PATH, metavar="DIR", help="Where fetched packages are kept.")
 @json_option
 @pass_session
-def build(session: Session, images: Path | None, lock_file: Path | None, cache: Path | None) -> None:
+def build(session: Session, make: str, images: Path | None, lock_file: Path | None, cache: Path | None) -> None:
     """Build the image of a vTPM's virtual machine, the same bytes on every machine."""
+    from vtpm.image import definition
     from vtpm.image.build import build as build_image
-    from vtpm.image.definition import LOCK_FILE, read_definition, read_lock
     from vtpm.image.opened import read_manifest
 
     def report(step: str) -> None:
@@ -50,8 +59,8 @@ def build(session: Session, images: Path | None, lock_file: Path | None, cache: 
             print_message(f"{step} ...")
 
     folder = build_image(
-        read_definition(),
-        read_lock(lock_file or LOCK_FILE),
+        definition.read_definition(definition.definition_file(Make(make))),
+        definition.read_lock(lock_file or definition.lock_file(Make(make))),
         source=Path(next(iter(vtpm.__path__))).parent,
         images=_images(images),
         cache=cache or default_cache_dir(os.geteuid(), os.environ) / "packages",
@@ -70,10 +79,15 @@ def list_images(session: Session, images: Path | None) -> None:
 
     found = [(folder, read_manifest(folder)) for folder in image_folders(_images(images))]
     if session.output is Output.JSON:
-        print_json([{"name": m.name, "measurement": m.measurement, "folder": str(folder)} for folder, m in found])
+        print_json(
+            [
+                {"name": m.name, "make": m.make, "measurement": m.measurement, "folder": str(folder)}
+                for folder, m in found
+            ]
+        )
         return
-    rows = [(m.name, m.measurement[:16], m.kernel.origin, _megabytes(m.initramfs.size)) for _, m in found]
-    print_table(("NAME", "MEASUREMENT", "KERNEL", "INITRAMFS"), rows)
+    rows = [(m.name, m.make, m.measurement[:16], m.kernel.origin, _megabytes(m.initramfs.size)) for _, m in found]
+    print_table(("NAME", "MAKE", "MEASUREMENT", "KERNEL", "INITRAMFS"), rows)
 
 
 @image.command()
@@ -90,7 +104,7 @@ def show(session: Session, which: str, images: Path | None, files: bool) -> None
     with OpenImage(folder) as opened:
         found = opened.manifest
     if session.output is Output.JSON:
-        print_json({"measurement": found.measurement, "folder": str(folder), **vars(found)})
+        print_json({"measurement": found.measurement, "folder": str(folder), "make": found.make, **vars(found)})
     elif files:
         rows = [(file.path, str(file.size), file.sha256[:16], file.origin) for file in found.files]
         print_table(("PATH", "BYTES", "SHA-256", "ORIGIN"), rows)
@@ -99,6 +113,7 @@ def show(session: Session, which: str, images: Path | None, files: bool) -> None
         print_fields(
             [
                 ("name", found.name),
+                ("make", found.make),
                 ("measurement", found.measurement),
                 ("folder", str(folder)),
                 ("kernel", f"{found.kernel.origin}, {_megabytes(found.kernel.size)}, {found.kernel.sha256}"),
@@ -112,18 +127,19 @@ def show(session: Session, which: str, images: Path | None, files: bool) -> None
 
 
 @image.command()
+@make_option
 @lock_option
 @json_option
 @pass_session
-def lock(session: Session, lock_file: Path | None) -> None:
+def lock(session: Session, make: str, lock_file: Path | None) -> None:
     """Pin the packages that apt would install today; builds use them from then on."""
-    from vtpm.image.definition import LOCK_FILE, encode_lock, read_definition
+    from vtpm.image import definition
     from vtpm.image.packages import resolve
 
-    path = lock_file or LOCK_FILE
+    path = lock_file or definition.lock_file(Make(make))
     with progress("Asking apt", session.output):
-        found = resolve(read_definition())
-    replace_file(path, encode_lock(found).encode())
+        found = resolve(definition.read_definition(definition.definition_file(Make(make))))
+    replace_file(path, definition.encode_lock(found).encode())
     if session.output is Output.JSON:
         print_json({"file": str(path), "packages": {item.name: item.version for item in found.packages.values()}})
     else:

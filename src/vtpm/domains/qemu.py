@@ -22,8 +22,10 @@ from vtpm.domains import accelerator
 from vtpm.domains.base import ORDERLY, DomainPlan, RunningDomain
 from vtpm.domains.process import ConfinedProcess, identity
 from vtpm.domains.vm_command import QEMU, SANDBOX, VmFd, vm_arguments
-from vtpm.errors import ConfinementError, DomainError, NotFoundError
+from vtpm.errors import ConfinementError, DomainError, ImageError, NotFoundError
+from vtpm.image.manifest import IMAGE_NAMES
 from vtpm.image.opened import OpenImage, image_folders
+from vtpm.tpm.types import Make
 from vtpm.wire.instance_spec import InstanceFd, RelayExit, RelayFd
 from vtpm.wire.unix_socket import enter_socket_pair
 
@@ -36,7 +38,6 @@ _QEMU_OVERHEAD_BYTES = 1536 * MEBIBYTE
 """Address space that QEMU takes beside the guest's memory: libraries, threads' stacks and arenas."""
 _LAST_WORDS_S = 2.0
 _MAX_LABEL_CHARS = 64
-_BUILD = "Build one: vtpm image build"
 _LOG = "The launcher's log has what it said."
 _BUILT_WITH = "Install a QEMU that was built with seccomp."
 _RELAY_SAYS = {
@@ -55,10 +56,12 @@ class QemuDomain:
         images: folder of images.
         wanted_accelerator: kvm, tcg or auto.
         memory_mib: of each machine.
+        make: of the vTPMs; only images of that make are started.
     """
 
-    def __init__(self, images: Path, wanted_accelerator: str, memory_mib: int) -> None:
+    def __init__(self, images: Path, wanted_accelerator: str, memory_mib: int, make: Make = Make.LIBTPMS) -> None:
         self._images = images
+        self._make = make
         self._wanted = wanted_accelerator
         self._memory_mib = memory_mib
         self._preparing = asyncio.Lock()
@@ -91,10 +94,14 @@ class QemuDomain:
         async with self._preparing:
             if not self._accelerator:
                 self._accelerator = await accelerator.choose(self._wanted)
-            newest = await asyncio.to_thread(newest_image, self._images)
+            newest = await asyncio.to_thread(newest_image, self._images, self._make)
             if self._image is not None and newest.name == self._image.measurement:
                 return
-            image, self._image = self._image, await asyncio.to_thread(OpenImage, newest)
+            opened = await asyncio.to_thread(OpenImage, newest)
+            if opened.manifest.make is not self._make:
+                opened.close()
+                raise _other_make(newest, opened.manifest.make, self._make)
+            image, self._image = self._image, opened
             if image is not None:
                 # A machine that was started with it has descriptors of its own.
                 image.close()
@@ -226,12 +233,23 @@ class QemuMachine:
         return f"its relay: {_RELAY_SAYS.get(relay, relay)}; its virtual machine: {machine}"
 
 
-def newest_image(images: Path) -> Path:
-    """Return the folder of the image that was built last. Raises NotFoundError: there is none."""
-    built = [(folder.stat().st_mtime_ns, folder) for folder in image_folders(images)]
+def newest_image(images: Path, make: Make = Make.LIBTPMS) -> Path:
+    """Return the folder of the image of a make that was built last. Raises NotFoundError: there is none."""
+    found = (folder for folder in image_folders(images) if folder.parent.name == IMAGE_NAMES[make])
+    built = [(folder.stat().st_mtime_ns, folder) for folder in found]
     if not built:
-        raise NotFoundError(f"there is no image of a virtual machine in {images}", next_step=_BUILD)
+        raise NotFoundError(
+            f"there is no image of a virtual machine for vTPMs of the make {make} in {images}",
+            next_step=f"Build one: vtpm image build --make {make}",
+        )
     return max(built)[1]
+
+
+def _other_make(folder: Path, make: Make, wanted: Make) -> ImageError:
+    return ImageError(
+        f"the image {folder} is of the make {make}; a vTPM of the make {wanted} does not open its state in it",
+        next_step=f"Keep it where images of its make are, and build one: vtpm image build --make {wanted}",
+    )
 
 
 def _start_relay(plan: DomainPlan, port_fd: int) -> ConfinedProcess:

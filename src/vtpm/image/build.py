@@ -105,7 +105,7 @@ def _build(
     loaded = closure.trace(tools, paths, modules, definition.left_out)
     _check_stdlib(definition, loaded.files, root)
     pieces = _python(tools, loaded.files, own, root, origins, work)
-    pieces |= _libraries(root, origins, loaded.files)
+    pieces |= _libraries(root, origins, loaded.files, definition.programs)
     pieces |= _kernel_modules(root, origins, definition.kernel_modules)
     init = _INIT.format(interpreter=_INTERPRETER, folder=_OWN_FOLDER, entry=definition.entry)
     pieces["/init"] = _Piece(File(init.encode(), executable=True), _own_origin())
@@ -171,17 +171,20 @@ def _python(
     return {place: _Piece(File(path.read_bytes()), origin) for place, (path, origin) in found.items()}
 
 
-def _libraries(root: Path, origins: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, _Piece]:
+def _libraries(
+    root: Path, origins: Mapping[str, str], files: Mapping[str, Path], more_programs: Iterable[str]
+) -> dict[str, _Piece]:
+    programs = (_INTERPRETER, *more_programs)
     extensions = [path for path in files.values() if path.suffix == ".so"]
-    needed = closure.libraries([root / _INTERPRETER, *extensions], root)
+    needed = closure.libraries([*(root / program for program in programs), *extensions], root)
     found = {_LOADER_PATH: needed.pop(Path(_LOADER_PATH).name)}
+    found |= {f"/{program}": root / program for program in programs}
+    executable = set(found)
     found |= {f"{_LIBRARY_FOLDER}/{name}": path for name, path in needed.items()}
-    found[f"/{_INTERPRETER}"] = root / _INTERPRETER
     pieces = {}
     for place, path in found.items():
         real = path.resolve()
-        executable = place in (_LOADER_PATH, f"/{_INTERPRETER}")
-        pieces[place] = _Piece(File(real.read_bytes(), executable), origins[str(real.relative_to(root))])
+        pieces[place] = _Piece(File(real.read_bytes(), place in executable), origins[str(real.relative_to(root))])
     return pieces
 
 

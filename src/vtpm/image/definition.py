@@ -15,27 +15,42 @@ from pathlib import Path
 from typing import Any
 
 from vtpm.errors import UsageError
-
-DEFINITION_FILE = Path(__file__).with_name("vtpmd.toml")
-LOCK_FILE = Path(__file__).with_name("vtpmd.lock.toml")
+from vtpm.image.manifest import IMAGE_NAMES
+from vtpm.tpm.types import Make
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 # Debian policy 5.6.1, 5.6.12: they become words of commands, so nothing else is taken.
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9.+-]+")
 _VERSION = re.compile(r"[0-9][A-Za-z0-9.+~:-]*")
+_PROGRAM = re.compile(r"usr/bin/[A-Za-z0-9_.+-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def definition_file(make: Make) -> Path:
+    """Return the file of this version's definition of a make's image."""
+    return Path(__file__).with_name(f"{IMAGE_NAMES[make]}.toml")
+
+
+def lock_file(make: Make) -> Path:
+    """Return the file of this version's lock of a make's image."""
+    return Path(__file__).with_name(f"{IMAGE_NAMES[make]}.lock.toml")
+
+
+DEFINITION_FILE = definition_file(Make.LIBTPMS)
+LOCK_FILE = lock_file(Make.LIBTPMS)
 
 
 @dataclass(frozen=True)
 class Definition:
-    """An image's definition; packages with the reason for each."""
+    """An image's definition; packages with the reason for each, programs beside the interpreter by their files."""
 
     name: str
     entry: str
     command_line: str
     kernel: str
     kernel_modules: tuple[str, ...]
+    programs: tuple[str, ...]
     stdlib: frozenset[str]
     left_out: tuple[str, ...]
     packages: Mapping[str, str]
@@ -68,17 +83,24 @@ class Lock:
 def read_definition(path: Path = DEFINITION_FILE) -> Definition:
     """Return a definition.
 
+    One that is `based_on` another in the same folder has all of that, its own words in place of the other's, and its
+    own lists and packages beside the other's.
+
     Raises:
         UsageError: the file cannot be read or is malformed.
     """
     document = _read(path)
     try:
+        if "based_on" in document:
+            base = _text(document.pop("based_on"), _NAME)
+            document = _merged(_read(path.with_name(f"{base}.toml")), document)
         definition = Definition(
             name=_text(document.pop("name"), _NAME),
             entry=_text(document.pop("entry"), _MODULE),
             command_line=_text(document.pop("command_line")),
             kernel=_text(document.pop("kernel"), _PACKAGE),
             kernel_modules=_texts(document.pop("kernel_modules"), re.compile(r"\w+")),
+            programs=_texts(document.pop("programs", []), _PROGRAM),
             stdlib=frozenset(_texts(document.pop("stdlib"), _MODULE)),
             left_out=_texts(document.pop("left_out"), _MODULE),
             packages=_packages(document.pop("packages")),
@@ -136,6 +158,16 @@ def locked(definition: Definition, lock: Lock) -> tuple[Package, ...]:
     if missing:
         raise UsageError(f"the lock does not pin {', '.join(missing)}", next_step="Renew it: vtpm image lock")
     return tuple(lock.packages[name] for name in names)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = {**base, **own}
+    for name in base.keys() & own.keys():
+        if isinstance(base[name], list) and isinstance(own[name], list):
+            merged[name] = base[name] + own[name]
+        elif isinstance(base[name], dict) and isinstance(own[name], dict):
+            merged[name] = {**base[name], **own[name]}
+    return merged
 
 
 def _read(path: Path) -> dict[str, Any]:

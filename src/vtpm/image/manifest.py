@@ -14,16 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtpm.errors import ImageError
+from vtpm.tpm.types import Make
 
 FORMAT = 1
 KERNEL, INITRAMFS, MANIFEST = "vmlinuz", "initramfs", "manifest.json"
 """Names of an image's three files; the manifest cannot name others."""
+IMAGE_NAMES = {Make.LIBTPMS: "vtpmd", Make.SWTPM: "swtpm"}
+"""Name of the definition of each make's image, so of its file and of the folder that images of it are in."""
 MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_PART_BYTES = 64 * 1024 * 1024
 """Of kernel and initramfs, each."""
 MAX_COMMAND_LINE_BYTES = 2047
 """Linux, COMMAND_LINE_SIZE on x86, without its final NUL."""
 MAX_ENGINE_VERSION = 0xFFFFFF
+_MAKE = "vtpm.make="
 _MAX_FILES = 4096
 _MAX_TEXT = 1024
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -77,6 +81,23 @@ class Manifest:
         """See `measure`."""
         return measure(self.kernel.sha256, self.initramfs.sha256, self.command_line)
 
+    @property
+    def make(self) -> Make:
+        """Of the vTPMs that it runs; see `make_of`."""
+        return make_of(self.command_line)
+
+
+def make_of(command_line: str) -> Make:
+    """Return the make that the kernel's command line names, where it is measured; the kernel itself passes it over.
+
+    Raises:
+        ValueError: it names more than one, or one that is not known.
+    """
+    named = {word.removeprefix(_MAKE) for word in command_line.split() if word.startswith(_MAKE)}
+    if len(named) > 1:
+        raise ValueError("the command line names more than one make")
+    return Make(named.pop()) if named else Make.LIBTPMS
+
 
 def measure(kernel_sha256: str, initramfs_sha256: str, command_line: str) -> str:
     """Return an image's measurement in hex: SHA-256 over a label and the three, each after its length (u32 big-endian).
@@ -126,6 +147,7 @@ def decode(data: bytes) -> Manifest:
             built_with=tuple(_text(item) for item in _list(document.pop("built_with"))),
             files=tuple(_file(item) for item in _list(document.pop("files"))),
         )
+        make_of(manifest.command_line)
         command_line_bytes = len(manifest.command_line.encode())
     except KeyError as error:
         raise ImageError(f"the image's {MANIFEST} has no {error.args[0]}") from error

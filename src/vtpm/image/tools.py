@@ -17,7 +17,8 @@ from vtpm.errors import ImageError, StoreError, UnavailableError
 
 _TIMEOUT_S = 300
 _LOADER = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
-LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
+# The last is swtpm's own, where its programs say to look.
+LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/swtpm")
 
 
 class ToolError(ImageError):

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from vtpm.engine.engine import Engine
 from vtpm.errors import VtpmError
 from vtpm.guest_link.control_link import PARTIAL_RETRY_S, ControlLink
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
@@ -29,6 +30,7 @@ from vtpm.instance.control_client import ControlClient
 from vtpm.instance.ends import Ends
 from vtpm.instance.lockout_watch import Seen
 from vtpm.instance.manager_channel import ManagerChannel
+from vtpm.instance.tpm_engine import MakeEngine
 from vtpm.instance.worker import Power, Worker
 from vtpm.wire.emulator import Command, encode_reply
 from vtpm.wire.hold import ParkedKind
@@ -68,9 +70,10 @@ class InstanceServer:
     Args:
         args: what this instance is told about itself.
         ends: what it is connected to.
+        make_engine: makes what carries its TPM out.
     """
 
-    def __init__(self, args: InstanceArgs, ends: Ends) -> None:
+    def __init__(self, args: InstanceArgs, ends: Ends, make_engine: MakeEngine = Engine) -> None:
         self._args = args
         self._ends = ends
         self._selector = selectors.DefaultSelector()
@@ -88,6 +91,7 @@ class InstanceServer:
             self._on_power,
             self._on_detached,
             self._on_lockout,
+            make_engine,
         )
         self._session = ControlSession(self._worker, args.tpm_version)
         self._control: ControlClient | None = None

@@ -13,9 +13,11 @@ import time
 from typing import NoReturn, Protocol
 
 from vtpm.engine import library
+from vtpm.engine.engine import Engine
 from vtpm.errors import DomainError, ProtocolError, UnavailableError, VtpmError
 from vtpm.guest_link.refusals import Complaints
 from vtpm.instance.server import InstanceServer
+from vtpm.instance.tpm_engine import MakeEngine
 from vtpm.instance.vm_pump import Pump
 from vtpm.wire.framing import BadFrame
 from vtpm.wire.guest_port import (
@@ -66,15 +68,19 @@ def main() -> None:
     run(vm_boot)
 
 
-def run(boot: Boot) -> None:
-    """Boot, serve, and power the virtual machine off, however serving ended."""
+def run(boot: Boot, make_engine: MakeEngine = Engine) -> None:
+    """Boot, serve, and power the virtual machine off, however serving ended.
+
+    Args:
+        make_engine: makes what carries the TPM out; called once the machine is booted.
+    """
     try:
         boot.mount_file_systems()
         boot.load_modules()
         manager_fd, guest_fd = _open_port(boot, MANAGER_PORT), _open_port(boot, GUEST_PORT)
         for fd in (manager_fd, guest_fd):
             wait_connected(fd)
-        serve(guest_fd, manager_fd)
+        serve(guest_fd, manager_fd, make_engine)
     except (VtpmError, OSError) as error:
         # Said before the power goes; the relay sees the port hang up.
         sys.stderr.write(f"vtpmd: {error}\n")
@@ -109,11 +115,12 @@ def wait_connected(fd: int, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
     raise ProtocolError("the host's end of a port was not opened in time")
 
 
-def serve(guest_fd: int, manager_fd: int) -> int:
+def serve(guest_fd: int, manager_fd: int, make_engine: MakeEngine = Engine) -> int:
     """Serve as the relay says until the end; return the exit status, which the relay has been told.
 
     Args:
         guest_fd, manager_fd: the ports; serial devices or stream sockets.
+        make_engine: makes what carries the TPM out.
     Raises:
         OSError: the relay went before the vtpmd was ready.
     """
@@ -121,7 +128,7 @@ def serve(guest_fd: int, manager_fd: int) -> int:
     try:
         hello, waiting = _wait_for_hello(port)
         pump = Pump(port, hello)
-        server = InstanceServer(InstanceArgs(hello.tpm_version, hello.role), pump.ends(manager_fd))
+        server = InstanceServer(InstanceArgs(hello.tpm_version, hello.role), pump.ends(manager_fd), make_engine)
         server.start_threads()
         port.send(encode_message(Ready(hello.session)))
     except VtpmError as error:

@@ -22,6 +22,7 @@ from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.lockout_watch import LockoutWatch, Seen
 from vtpm.instance.state_keeper import Permit, StateKeeper
+from vtpm.instance.tpm_engine import MakeEngine
 from vtpm.tpm.lockout import GET_LOCKOUT
 from vtpm.tpm.power_commands import SHUTDOWN_CLEAR, SHUTDOWN_CODE, STARTUP
 from vtpm.tpm.return_codes import Rc12, Rc20
@@ -54,6 +55,7 @@ class Worker:
         report: called in the TPM thread with (power, why) at each change of power.
         detached: called in the TPM thread when a data channel is no longer served.
         report_lockout: called in the TPM thread when a TPM 2.0 became locked or free, and when asked for.
+        make_engine: makes what carries the TPM out.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Worker:
         report: Callable[[Power, str], None],
         detached: Callable[[], None],
         report_lockout: Callable[[Seen], None],
+        make_engine: MakeEngine = Engine,
     ) -> None:
         self._version = version
         self._keeper = keeper
@@ -71,7 +74,7 @@ class Worker:
         self._detached = detached
         self._watch = LockoutWatch(report_lockout)
         self._permit: Permit | None = None
-        self._engine = Engine(version, self._store)
+        self._engine = make_engine(version, self._store)
         self._power = power
         self._link: DataLink | None = None
         self._last: tuple[bytes, bytes] = (b"", b"")
@@ -308,9 +311,9 @@ class Worker:
 
     def _serve_for_ever(self) -> None:
         while True:
-            link = self._link
-            if link is not None and link.between_commands and self._power is Power.ON:
-                self._serve_directly(link)
+            link, serve = self._link, self._engine.serve
+            if serve is not None and link is not None and link.between_commands and self._power is Power.ON:
+                self._serve_directly(link, serve)
             else:
                 self._serve_waiting()
 
@@ -339,12 +342,12 @@ class Worker:
         while self._jobs:
             self._jobs.popleft()()
 
-    def _serve_directly(self, link: DataLink) -> None:
+    def _serve_directly(self, link: DataLink, serve: Callable[[int, int], Served]) -> None:
         """Let the engine serve the link until there is something to do that it cannot do alone."""
         try:
-            served = self._engine.serve(link.fileno(), self._wake)
-        except EngineError:
-            self._fail("libtpms failed")
+            served = serve(link.fileno(), self._wake)
+        except EngineError as error:
+            self._fail(error.message)
             served = Served(ServeEnd.RESPONSE, refuse(self._version, Refusal.FAILED), None)
         if served.last is not None:
             self._note_last(*served.last)
@@ -379,8 +382,8 @@ class Worker:
     def _process(self, command: bytes, locality: int) -> bytes:
         try:
             response = self._engine.process(command, Locality(locality))
-        except EngineError:
-            self._fail("libtpms failed")
+        except EngineError as error:
+            self._fail(error.message)
             return refuse(self._version, Refusal.FAILED)
         self._note_last(command[6:10], response[6:10])
         return response
@@ -396,8 +399,8 @@ class Worker:
         # Not as the guest's command: what was its last one stays that.
         try:
             response = self._engine.process(GET_LOCKOUT)
-        except EngineError:
-            self._fail("libtpms failed")
+        except EngineError as error:
+            self._fail(error.message)
             return
         # Any command may forgive a failed try whose time is over, and keeps that.
         if not self._failed_to_store():

@@ -19,6 +19,7 @@ from vtpm.errors import VtpmError
 from vtpm.launcher.descriptors import instances_for, raise_limit
 from vtpm.launcher.service import LauncherService
 from vtpm.launcher.uid_range import UidRange
+from vtpm.tpm.types import Make
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
 from vtpm.wire.launcher import GUESTS_DIR, LAUNCHER, LAUNCHER_SOCKET, MAX_INSTANCES
 from vtpm.wire.packet_socket import AsyncPacketServer, ServiceLock
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         domains: Mapping[str, Domain] = {
             "process": ProcessDomain(),
             "qemu": QemuDomain(args.vm_images, args.vm_accelerator, args.vm_memory_mib),
+            "qemu-swtpm": QemuDomain(args.vm_images, args.vm_accelerator, args.vm_memory_mib, Make.SWTPM),
         }
         asyncio.run(_serve(args.run_dir, args.state_dir, args.manager_uid, args.uid_base, domains))
     except VtpmError as error:

@@ -31,6 +31,14 @@ class TpmVersion(enum.StrEnum):
     V2_0 = "2.0"
 
 
+class Make(enum.StrEnum):
+    """Whose program carries a vTPM's commands out; fixed at creation, for none reads another's state."""
+
+    LIBTPMS = "libtpms"
+    """The vtpmd, with libtpms inside."""
+    SWTPM = "swtpm"
+
+
 class StateKind(enum.IntEnum):
     """Kinds of TPM state, numbered as in QEMU's emulator protocol (PTM_BLOB_TYPE_*)."""
 

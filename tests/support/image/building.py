@@ -10,7 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from vtpm.image.definition import LOCK_FILE
+from vtpm.image.definition import lock_file
+from vtpm.tpm.types import Make
 
 ROOT = Path(__file__).parents[3]
 CACHE = ROOT / ".cache" / "image-packages"
@@ -30,7 +31,8 @@ def build(
     source: Path,
     images: Path,
     *,
-    lock: Path = LOCK_FILE,
+    make: Make = Make.LIBTPMS,
+    lock: Path | None = None,
     cache: Path = CACHE,
     environ: Mapping[str, str] | None = None,
     umask: int = -1,
@@ -39,21 +41,22 @@ def build(
     """Run `vtpm image build` of the copied sources; with --json, so that its folder is on stdout.
 
     Args:
+        make: of the vTPMs that it is to run.
         environ: more of its environment.
         umask: its umask; -1 for this process's own.
         before: words that run the command, as setpriv.
     """
-    words = [*before, sys.executable, "-B", "-m", "vtpm.cli.main", "image", "build", "--json"]
-    words += ["--images", str(images), "--lock", str(lock), "--cache", str(cache)]
+    words = [*before, sys.executable, "-B", "-m", "vtpm.cli.main", "image", "build", "--json", "--make", make]
+    words += ["--images", str(images), "--lock", str(lock or lock_file(make)), "--cache", str(cache)]
     own = {"PYTHONPATH": str(source), "PATH": os.environ["PATH"], **(environ or {})}
     return subprocess.run(
         words, env=own, umask=umask, cwd=source, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
     )
 
 
-def renew_lock(path: Path) -> None:
+def renew_lock(path: Path, make: Make = Make.LIBTPMS) -> None:
     """Pin what the mirrors have today."""
-    words = [sys.executable, "-m", "vtpm.cli.main", "image", "lock", "--lock", str(path)]
+    words = [sys.executable, "-m", "vtpm.cli.main", "image", "lock", "--make", make, "--lock", str(path)]
     subprocess.run(words, check=True, capture_output=True, timeout=BUILD_TIMEOUT_S)
 
 
@@ -68,17 +71,17 @@ def build_for_tests(place: Path) -> tuple[Path, Path]:
     return _build_by_a_lock(copy_sources(place), place)
 
 
-def build_vtpmd(place: Path) -> Path:
-    """Build the image of this checkout below `place`; return the folder of images."""
-    return _build_by_a_lock(ROOT / "src", place)[0].parents[1]
+def build_vtpmd(place: Path, make: Make = Make.LIBTPMS) -> Path:
+    """Build the image of this checkout, for vTPMs of a make, below `place`; return the folder of images."""
+    return _build_by_a_lock(ROOT / "src", place, make)[0].parents[1]
 
 
-def _build_by_a_lock(source: Path, place: Path) -> tuple[Path, Path]:
+def _build_by_a_lock(source: Path, place: Path, make: Make = Make.LIBTPMS) -> tuple[Path, Path]:
     """Build by the shipped lock, unless the mirrors have gone on since it was written."""
-    lock = LOCK_FILE
-    done = build(source, place / "images")
+    lock = lock_file(make)
+    done = build(source, place / "images", make=make)
     if done.returncode == 6 and "vtpm image lock" in json.loads(done.stderr)["next_step"]:
-        lock = place / "renewed.toml"
-        renew_lock(lock)
-        done = build(source, place / "images", lock=lock)
+        lock = place / f"renewed-{make}.toml"
+        renew_lock(lock, make)
+        done = build(source, place / "images", make=make, lock=lock)
     return built_folder(done), lock

@@ -26,7 +26,7 @@ def test_images_are_listed_without_drafts_when_there_are_some(cli: Cli, images: 
     (images / "vtpmd" / ".draft-x").mkdir()
     listed = json.loads(cli("image", "list", "--images", str(images), "--json").out)
     folder = str(images / "vtpmd" / EXAMPLE.measurement)
-    assert listed == [{"name": "vtpmd", "measurement": EXAMPLE.measurement, "folder": folder}]
+    assert listed == [{"name": "vtpmd", "make": "libtpms", "measurement": EXAMPLE.measurement, "folder": folder}]
     assert EXAMPLE.measurement[:16] in cli("image", "list", "--images", str(images)).out
 
 

@@ -1,4 +1,4 @@
-"""A vtpmd to talk to, powered off, its manager having said Hello: as a process, and as in a virtual machine."""
+"""A vtpmd to talk to, powered off, its manager having said Hello: as a process, as in a virtual machine, and of another make."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.relayed import RelayedVtpmd
+from tests.support.relayed import ForeignVtpmd, RelayedVtpmd
 from tests.support.vtpmd import Vtpmd
 
-KINDS = {"process": Vtpmd, "relayed": RelayedVtpmd}
+KINDS = {"process": Vtpmd, "relayed": RelayedVtpmd, "swtpm": ForeignVtpmd}
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
