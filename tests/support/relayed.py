@@ -13,10 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from tests.support import vtpmd as plain
 from tests.support.vtpmd import TIMEOUT_S, Vtpmd
 from vtpm.foreign.swtpm_engine import SwtpmEngine
+from vtpm.foreign.swtpm_process import SWTPM
 from vtpm.instance.vm_main import serve
 from vtpm.relay.main import prepare
 from vtpm.wire.instance_spec import InstanceArgs
@@ -37,7 +39,9 @@ class RelayedVtpmd(Vtpmd):
         with ours, theirs:
             relay_fds = [*fds]
             relay_fds[MANAGER_LINK_AT] = ours.fileno()
-            self.vm = self._run("tests.support.relayed", self.machine, [theirs.fileno(), fds[MANAGER_LINK_AT]])
+            self.vm = self._run(
+                "tests.support.relayed", f"{self.machine} {self.folder}", [theirs.fileno(), fds[MANAGER_LINK_AT]]
+            )
             return self._run("tests.support.relayed", json.dumps(args.to_json()), relay_fds)
 
     def kill(self) -> None:
@@ -57,18 +61,29 @@ class ForeignVtpmd(RelayedVtpmd):
     machine = "vm-swtpm"
 
 
-def _serve_swtpm(guest_fd: int, manager_fd: int) -> int:
-    with tempfile.TemporaryDirectory(prefix="vtpm-swtpm-") as folder:
-        return serve(guest_fd, manager_fd, partial(SwtpmEngine, folder=folder))
+def _serve_vtpmd(folder: Path, guest_fd: int, manager_fd: int) -> int:
+    return serve(guest_fd, manager_fd)
 
 
-MACHINES: Mapping[str, Callable[[int, int], int]] = {"vm": serve, "vm-swtpm": _serve_swtpm}
+def _serve_swtpm(folder: Path, guest_fd: int, manager_fd: int) -> int:
+    place = Path(tempfile.mkdtemp(dir=folder))
+    # In a machine it ends with that; here, with the process whose death plays it.
+    program = place / "swtpm"
+    program.write_text(f'#!/bin/sh\nexec setpriv --pdeathsig KILL {SWTPM} "$@"\n')
+    program.chmod(0o755)
+    for fd in (guest_fd, manager_fd):
+        os.set_inheritable(fd, False)
+    return serve(guest_fd, manager_fd, partial(SwtpmEngine, folder=str(place), program=str(program)))
+
+
+MACHINES: Mapping[str, Callable[[Path, int, int], int]] = {"vm": _serve_vtpmd, "vm-swtpm": _serve_swtpm}
 
 
 def _main(args: str, fds: Sequence[int]) -> int:
-    if args in MACHINES:
+    machine, _, folder = args.partition(" ")
+    if machine in MACHINES:
         guest_fd, manager_fd = fds
-        return MACHINES[args](guest_fd, manager_fd)
+        return MACHINES[machine](Path(folder), guest_fd, manager_fd)
     return plain.run_prepared(prepare, args, fds)
 
 

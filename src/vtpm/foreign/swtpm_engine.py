@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from vtpm.engine import library
 from vtpm.engine.engine import LOCALITY_0, BufferSize, Origin, Store
 from vtpm.errors import EngineError, ProtocolError, StateError, UsageError, VtpmError
-from vtpm.foreign.swtpm_process import SwtpmProcess
+from vtpm.foreign.swtpm_process import SWTPM, SwtpmProcess
 from vtpm.tpm.headers import HEADER_BYTES, MAX_COMMAND_BYTES, failure_response
 from vtpm.tpm.return_codes import Rc20, describe_12
 from vtpm.tpm.types import MAX_LOCALITY, MAX_STATE_BYTES, Locality, StateKind, TpmVersion
@@ -52,7 +52,8 @@ class SwtpmEngine:
         version: TPM 2.0.
         store: called inside what changes permanent state, in its thread; nothing is answered before it returns. What
             it raises is kept as `store_error`; swtpm is ended then, and nothing that it answered gets out.
-        folder: empty, of its own and in memory, for what swtpm keeps.
+        folder: of its own and in memory, for what swtpm keeps.
+        program: the swtpm.
     Raises:
         EngineError: the version is another, or swtpm cannot be started.
     """
@@ -60,7 +61,7 @@ class SwtpmEngine:
     serve = None
     """See TpmEngine: commands are taken from links by the TPM thread."""
 
-    def __init__(self, version: TpmVersion, store: Store, *, folder: str) -> None:
+    def __init__(self, version: TpmVersion, store: Store, *, folder: str, program: str = SWTPM) -> None:
         if version is not TpmVersion.V2_0:
             raise EngineError(f"vTPMs of the make swtpm are TPM 2.0, not {version}")
         self.version = version
@@ -71,7 +72,7 @@ class SwtpmEngine:
         self._power = _Power.OFF
         self._locality = LOCALITY_0
         self._kept = b""
-        self._swtpm = SwtpmProcess(folder)
+        self._swtpm = SwtpmProcess(folder, program)
 
     @property
     def powered(self) -> bool:

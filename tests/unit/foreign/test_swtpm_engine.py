@@ -46,7 +46,7 @@ Make = Callable[[Kept], SwtpmEngine]
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     with ExitStack() as stack:
-        made = []
+        made: list[SwtpmEngine] = []
 
         def make(kept: Kept) -> SwtpmEngine:
             folder = tmp_path / str(len(made))

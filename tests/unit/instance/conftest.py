@@ -1,4 +1,4 @@
-"""A vtpmd to talk to, powered off, its manager having said Hello: as a process, as in a virtual machine, and of another make."""
+"""A vtpmd to talk to, powered off, its manager having said Hello: a process, in a machine, of another make."""
 
 from __future__ import annotations
 
