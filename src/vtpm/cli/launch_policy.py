@@ -6,11 +6,10 @@ import click
 
 from vtpm.cli.output import Output, print_fields, print_json, print_line, print_message, print_table
 from vtpm.cli.session import Session, confirm, json_option, pass_session, yes_option
-from vtpm.wire.api import DomainName
-from vtpm.wire.api_images import Image
+from vtpm.wire.api_images import Image, ImageKind
 
 _kind_option = click.option(
-    "--kind", type=click.Choice([kind.value for kind in DomainName]), help="Of domain, for an image not installed now."
+    "--kind", type=click.Choice([kind.value for kind in ImageKind]), help="Of domain, for an image not installed now."
 )
 
 

@@ -10,7 +10,7 @@ import click
 from vtpm.cli.output import Output, print_fields, print_json, print_line, print_table, progress
 from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
 from vtpm.errors import UsageError
-from vtpm.tpm.types import Startup, TpmVersion
+from vtpm.tpm.types import Make, Startup, TpmVersion
 from vtpm.wire.api import Client, DomainName, LifeState, Lockout, Owner, Vtpm
 
 
@@ -30,13 +30,20 @@ from vtpm.wire.api import Client, DomainName, LifeState, Lockout, Owner, Vtpm
     show_default=True,
     help="What it runs in: a confined process, a QEMU VM or a Xen domain of its own.",
 )
+@click.option(
+    "--make",
+    type=click.Choice([make.value for make in Make]),
+    default=Make.LIBTPMS.value,
+    show_default=True,
+    help="Whose TPM it is, for ever: swtpm, unchanged, in a QEMU VM alone.",
+)
 @click.option("--vm-uuid", type=click.UUID, help="The VM that it belongs to; no other may use it.")
 @json_option
 @pass_session
-def create(session: Session, name: str, tpm_version: str, domain: str, vm_uuid: UUID | None) -> None:
+def create(session: Session, name: str, tpm_version: str, domain: str, make: str, vm_uuid: UUID | None) -> None:
     """Create the vTPM NAME, stopped."""
     with session.connect() as manager, progress(f"Creating {name}", session.output):
-        vtpm = manager.create(name, TpmVersion(tpm_version), DomainName(domain), vm_uuid)
+        vtpm = manager.create(name, TpmVersion(tpm_version), DomainName(domain), vm_uuid, Make(make))
     _print_vtpm(vtpm, session.output, f"{vtpm.name} created: TPM {vtpm.tpm_version}, uuid {vtpm.uuid}")
 
 
@@ -128,6 +135,7 @@ def show(session: Session, name: str) -> None:
             ("VM", str(vtpm.vm_uuid or "-")),
             ("TPM version", vtpm.tpm_version),
             ("domain", vtpm.domain),
+            ("make", vtpm.make),
             ("state", state),
             ("epoch", str(vtpm.epoch)),
             ("version", str(vtpm.version)),

@@ -23,7 +23,7 @@ import httpx
 from vtpm import errors
 from vtpm.client.decode import decode
 from vtpm.errors import AccessDeniedError, ProtocolError, UnavailableError, UsageError, VtpmError
-from vtpm.tpm.types import Startup, TpmVersion
+from vtpm.tpm.types import Make, Startup, TpmVersion
 from vtpm.wire.api import (
     MANAGER_SOCKET,
     MAX_VTPMS,
@@ -150,6 +150,7 @@ class ManagerClient:
         tpm_version: TpmVersion = TpmVersion.V2_0,
         domain: DomainName = DomainName.PROCESS,
         vm_uuid: UUID | None = None,
+        make: Make = Make.LIBTPMS,
     ) -> Vtpm:
         """Make a vTPM; it is stopped and has no state until it is first started.
 
@@ -158,7 +159,7 @@ class ManagerClient:
             ConflictError: the name is taken.
         """
         _path_of(name)
-        body = CreateVtpm(name, tpm_version, domain, vm_uuid)
+        body = CreateVtpm(name, tpm_version, domain, vm_uuid, make)
         return self._vtpm(self._request("POST", "/v1/vtpms", body))
 
     def show(self, name: str) -> Vtpm:

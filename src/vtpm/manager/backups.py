@@ -32,6 +32,8 @@ from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper import KeeperClient
 
 MAX_SOURCE_CHARS = 4096
+_IMPORTED_AS = DomainKind.PROCESS
+"""What comes of a backup: nothing in it says what it was."""
 
 
 class BackupService:
@@ -58,6 +60,11 @@ class BackupService:
             record, saved = await self._vtpms.door.run(
                 lambda store: (store.get_vtpm(held.id), store.read_state(held.id))
             )
+            if record.domain.make is not _IMPORTED_AS.make:
+                raise ConflictError(
+                    f"vTPM {name} is of the make {record.domain.make}; a backup is imported as one of the make"
+                    f" {_IMPORTED_AS.make}, which cannot read it"
+                )
             if record.permit.state is not PermitState.CONSUMED:
                 raise ConflictError(
                     f"vTPM {name} was never started, so it has no state", next_step="Create it anew where it is needed"
@@ -93,7 +100,7 @@ class BackupService:
             owner_gid=found.owner_gid,
             vm_uuid=found.vm_uuid,
             tpm_version=found.tpm_version,
-            domain=DomainKind.PROCESS,
+            domain=_IMPORTED_AS,
             created_at=datetime.now(UTC),
             epoch=found.epoch + 1,
             state_version=found.state_version,
@@ -128,7 +135,7 @@ class BackupService:
             owner_gid=caller.gid,
             vm_uuid=wanted.vm_uuid,
             tpm_version=wanted.tpm_version,
-            domain=DomainKind.PROCESS,
+            domain=_IMPORTED_AS,
             created_at=datetime.now(UTC),
         )
         event = event_of(caller.uid, "imported", record, source="swtpm", directory=wanted.source, uuid=record.id)

@@ -28,6 +28,7 @@ from vtpm.vault.launch_policy import (
     NewImages,
     admit,
     check_engine,
+    check_kind,
     find,
     retired,
     version_text,
@@ -145,7 +146,7 @@ class ImageService:
         kind, engine_version = await self._what_is(wanted)
         image = _image(kind, wanted.measurement, wanted.label, engine_version)
         event = _event(caller.uid, "image_allowed", image)
-        await self._door.run(lambda store: store.put_image(image, event=event))
+        await self._door.run(partial(_allow, image, event))
         await self._audit.came()
         return AllowedImage(self._describe(image), await self._warnings(image))
 
@@ -249,7 +250,14 @@ def _admit_running(image: LaunchImage, new: NewImages, store: Store) -> bool:
 
     Of a kind that no start was decided about (an older manager started it) any goes on: the first start is the first.
     """
-    return any(known.kind == image.kind for known in store.list_images()) and _put_unknown(image, new, store)
+    images = store.list_images()
+    check_kind(images, image.kind, image.measurement)
+    return any(known.kind == image.kind for known in images) and _put_unknown(image, new, store)
+
+
+def _allow(image: LaunchImage, event: Event, store: Store) -> None:
+    check_kind(store.list_images(), image.kind, image.measurement)
+    store.put_image(image, event=event)
 
 
 def _put_unknown(image: LaunchImage, new: NewImages, store: Store) -> bool:

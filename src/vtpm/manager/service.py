@@ -210,11 +210,14 @@ class ManagerService:
         """Register a vTPM with a key of its own; it is manufactured at its first start."""
         may_create(caller)
         name = valid_name(wanted.name)
+        kind = DomainKind.of(wanted.domain, wanted.make)
+        if wanted.tpm_version not in kind.tpm_versions:
+            raise UsageError(f"vTPMs of the make {kind.make} are TPM {' or '.join(kind.tpm_versions)}")
         launcher: LauncherStatus = (await self.launcher.call("status", NoArgs()))[0]
-        if wanted.domain not in launcher.domains:
+        if kind not in launcher.domains:
             raise UsageError(
-                f"vTPM {name} cannot have the domain {wanted.domain}: this host's launcher does not start such",
-                next_step=f"Use --domain {' or '.join(launcher.domains)}",
+                f"vTPM {name} cannot have the domain {kind}: this host's launcher does not start such",
+                next_step=f"This host has {', '.join(launcher.domains)}",
             )
         vtpm_id = VtpmId(uuid4())
         new_key = await self._keeper_threads.run(self._keeper.new_key, vtpm_id)
@@ -225,7 +228,7 @@ class ManagerService:
             owner_gid=caller.gid,
             vm_uuid=wanted.vm_uuid,
             tpm_version=wanted.tpm_version,
-            domain=DomainKind(wanted.domain),
+            domain=kind,
             created_at=datetime.now(UTC),
             wrapped_key=new_key.wrapped,
         )

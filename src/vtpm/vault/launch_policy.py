@@ -77,6 +77,17 @@ def find(images: Iterable[LaunchImage], kind: str, measurement: str) -> LaunchIm
     return next((found for found in images if (found.kind, found.measurement) == (kind, measurement)), None)
 
 
+def check_kind(images: Iterable[LaunchImage], kind: str, measurement: str) -> None:
+    """Raise AccessDeniedError when an image is known as one of another kind: it runs another make, or elsewhere."""
+    other = next((known.kind for known in images if known.measurement == measurement and known.kind != kind), None)
+    if other is not None:
+        raise AccessDeniedError(
+            f"the image {measurement} is for vTPMs of the kind {other}; it runs none of the kind {kind}, and gets the"
+            " state of none",
+            next_step="Put back an image of the vTPM's own kind: vtpm image build, with its --make",
+        )
+
+
 def with_image(images: Sequence[LaunchImage], image: LaunchImage) -> list[LaunchImage]:
     """Return the list with an image, in the place of what it had for it. Raises ConflictError: there are MAX_IMAGES."""
     others = [found for found in images if (found.kind, found.measurement) != (image.kind, image.measurement)]
@@ -103,8 +114,9 @@ def admit(images: Sequence[LaunchImage], image: LaunchImage, new: NewImages) -> 
     Returns:
         The image if it is to be put in the list first, None when it is there and allowed.
     Raises:
-        AccessDeniedError: it is retired, or new and nobody has allowed it.
+        AccessDeniedError: it is retired, of another kind, or new and nobody has allowed it.
     """
+    check_kind(images, image.kind, image.measurement)
     found = find(images, image.kind, image.measurement)
     if found is not None and found.state is ImageState.ALLOWED:
         return None

@@ -12,7 +12,7 @@ from datetime import datetime
 from uuid import UUID
 
 from vtpm.errors import UsageError
-from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
+from vtpm.tpm.types import InstanceId, Make, StateKind, TpmVersion, VtpmId
 
 MAX_WRAPPED_KEY_BYTES = 16 * 1024
 MAX_DETAIL_CHARS = 16 * 1024
@@ -30,11 +30,44 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 class DomainKind(enum.StrEnum):
-    """Where a vTPM's instances live."""
+    """Where a vTPM's instances live, and whose program they run; fixed at creation.
+
+    The value is the place and, for another make than libtpms, a hyphen and the make.
+    """
 
     PROCESS = "process"
     QEMU = "qemu"
     XEN = "xen"
+    QEMU_SWTPM = "qemu-swtpm"
+
+    @property
+    def place(self) -> str:
+        """Where instances live."""
+        return self.value.partition("-")[0]
+
+    @property
+    def make(self) -> Make:
+        """Whose program they run, so whose form the saved state has."""
+        return Make(self.value.partition("-")[2] or Make.LIBTPMS)
+
+    @property
+    def tpm_versions(self) -> tuple[TpmVersion, ...]:
+        """What TPMs there are of this kind."""
+        return _VERSIONS[self.make]
+
+    @classmethod
+    def of(cls, place: str, make: Make) -> DomainKind:
+        """Return the kind of a place and a make. Raises UsageError: there is none."""
+        for kind in cls:
+            if (kind.place, kind.make) == (place, make):
+                return kind
+        there = [kind.place for kind in cls if kind.make is make]
+        raise UsageError(
+            f"{place} domains do not run vTPMs of the make {make}", next_step=f"Use --domain {' or '.join(there)}"
+        )
+
+
+_VERSIONS = {Make.LIBTPMS: tuple(TpmVersion), Make.SWTPM: (TpmVersion.V2_0,)}
 
 
 class PermitState(enum.StrEnum):

@@ -35,6 +35,7 @@ from vtpm.vault.root_record import (
 from vtpm.vault.rules import check_event
 from vtpm.vault.sqlite_file import (
     DATABASE_NAME,
+    DOMAINS_OF_3,
     POLICY_SCHEMA,
     SCHEMA_VERSION,
     damaged,
@@ -139,10 +140,19 @@ class Change:
         """Add an image to the launch policy, or replace it. Raises as `images` and `with_image`."""
         self._images = with_image(self.images(), image)
         if not _has_images(self.db):
-            # Of the schema before: from here on programs that know of no policy refuse the store.
-            self.db.execute(POLICY_SCHEMA)
-            self.db.execute("UPDATE vault_schema SET version = ?", (SCHEMA_VERSION,))
+            self._upgrade()
         self.db.execute(REPLACE_IMAGE, image_values_of(image))
+
+    def check_domain(self, domain: str) -> None:
+        """See that the schema has this domain, which is about to be written."""
+        if domain not in DOMAINS_OF_3:
+            self._upgrade()
+
+    def _upgrade(self) -> None:
+        """Make a store of an older schema one of this: programs that know less refuse it from here on."""
+        if not _has_images(self.db):
+            self.db.execute(POLICY_SCHEMA)
+        self.db.execute("UPDATE vault_schema SET version = ?", (SCHEMA_VERSION,))
 
     def append_event(self, event: Event) -> int:
         """Append to the audit log and return the event's id."""

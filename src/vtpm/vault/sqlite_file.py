@@ -20,7 +20,7 @@ from vtpm.errors import StateError, StoreError
 
 DATABASE_NAME = "vtpm.db"
 APPLICATION_ID = 0x7674706D
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 POLICY_SCHEMA = """
 CREATE TABLE launch_image (
     kind TEXT NOT NULL,
@@ -32,12 +32,15 @@ CREATE TABLE launch_image (
     PRIMARY KEY (kind, measurement)
 ) STRICT
 """
-"""What version 3 has and version 2 has not; a store of version 2 gets it with its first image."""
+"""What version 2 has not; a store of version 2 gets it with its first image."""
+DOMAINS_OF_3 = frozenset({"process", "qemu", "xen"})
+"""What versions 2 and 3 have as `domain`; a store of theirs becomes one of version 4 with its first other vTPM."""
 SYNCHRONOUS = "FULL"
 """Each commit flushes the write-ahead log before it returns; what "answered means durable" rests on."""
 
 _UNANCHORED_SCHEMA = 1
 _WITHOUT_POLICY = 2
+_WITHOUT_MAKES = 3
 _FILE_MAGIC = b"SQLite format 3\0"
 _FILE_HEADER_BYTES = 100
 _APPLICATION_ID_OFFSET = 68
@@ -390,10 +393,10 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     if version == _UNANCHORED_SCHEMA:
         raise StateError(
             f"{path} has schema version {version}, of a time before the first release; this program reads"
-            f" {_WITHOUT_POLICY} and {SCHEMA_VERSION}",
+            f" {_WITHOUT_POLICY} to {SCHEMA_VERSION}",
             next_step="Use the program that wrote it, or move its directory away and begin anew.",
         )
-    if version not in (_WITHOUT_POLICY, SCHEMA_VERSION):
+    if version not in (_WITHOUT_POLICY, _WITHOUT_MAKES, SCHEMA_VERSION):
         raise damaged(path, f"its schema version is {version}")
     _check_made_here(db, path, version)
 

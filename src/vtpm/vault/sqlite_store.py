@@ -139,6 +139,7 @@ class SqliteStore:
                         f"uid {record.owner_uid} has {owned} vTPMs, and may have {max_owned}",
                         next_step="Delete one, or ask root for a greater max_vtpms_per_user in the configuration",
                     )
+            change.check_domain(record.domain)
             db.execute(INSERT_RECORD, values_of(record, change.new_slot(record.id)))
             for state in states:
                 self._put_state(db, state)

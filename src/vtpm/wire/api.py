@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from vtpm.tpm.types import Startup, TpmVersion
+from vtpm.tpm.types import Make, Startup, TpmVersion
 
 MANAGER_SOCKET = "manager.sock"
 API_VERSION = 1
@@ -82,6 +82,7 @@ class CreateVtpm:
     tpm_version: TpmVersion = TpmVersion.V2_0
     domain: DomainName = DomainName.PROCESS
     vm_uuid: UUID | None = None
+    make: Make = Make.LIBTPMS
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Vtpm:
         tcti: what tpm2-tools take with -T; empty when stopped.
         reason: why it is failed, if it is.
         lockout: of the running instance's TPM, while it is locked.
+        make: whose program it runs.
     """
 
     name: str
@@ -161,6 +163,7 @@ class Vtpm:
     reason: str = ""
     created_at: str = ""
     lockout: Lockout | None = None
+    make: Make = Make.LIBTPMS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
+
+
+class ImageKind(enum.StrEnum):
+    """Kinds of domain as images are listed for them: where vTPMs live and, for another make than libtpms, that."""
+
+    PROCESS = "process"
+    QEMU = "qemu"
+    XEN = "xen"
+    QEMU_SWTPM = "qemu-swtpm"
 
 
 @dataclass(frozen=True)

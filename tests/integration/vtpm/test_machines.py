@@ -146,7 +146,7 @@ def test_start_says_how_to_build_an_image_when_there_is_none(tmp_path: Path) -> 
         client.create("web1", TpmVersion.V2_0, DomainName.QEMU)
         with pytest.raises(VtpmError, match="there is no image") as refused:
             client.start("web1")
-        assert refused.value.next_step == "Build one: vtpm image build"
+        assert refused.value.next_step == "Build one: vtpm image build --make libtpms"
 
 
 def _relay(name: str) -> int:

@@ -136,15 +136,16 @@ def test_create_asks_for_the_defaults_when_only_a_name_is_given(cli: Cli, manage
     assert ended.status == 0
     assert ended.out.startswith("db created: TPM 2.0, uuid ")
     assert ended.err == "Creating db ...\n"
-    assert manager.asked[0].body == {"name": "db", "tpm_version": "2.0", "domain": "process", "vm_uuid": None}
+    body = {"name": "db", "tpm_version": "2.0", "domain": "process", "vm_uuid": None, "make": "libtpms"}
+    assert manager.asked[0].body == body
 
 
 def test_create_asks_for_all_it_is_told_when_every_option_is_given(cli: Cli, manager: CannedManager) -> None:
-    options = ["--tpm-version", "1.2", "--domain", "qemu", "--vm-uuid", str(VM_UUID).upper()]
+    options = ["--tpm-version", "1.2", "--domain", "qemu", "--make", "swtpm", "--vm-uuid", str(VM_UUID).upper()]
     ended = cli("create", "db", *options, "--json")
     assert json.loads(ended.out) == as_json(manager.vtpms["db"])
     assert ended.err == ""
-    expected = {"name": "db", "tpm_version": "1.2", "domain": "qemu", "vm_uuid": str(VM_UUID)}
+    expected = {"name": "db", "tpm_version": "1.2", "domain": "qemu", "vm_uuid": str(VM_UUID), "make": "swtpm"}
     assert manager.asked[0].body == expected
 
 

@@ -28,7 +28,7 @@ from vtpm.errors import (
     UsageError,
     VtpmError,
 )
-from vtpm.tpm.types import Startup, TpmVersion
+from vtpm.tpm.types import Make, Startup, TpmVersion
 from vtpm.wire.api import MAX_VTPMS, DomainName, LifeState, ShutDown
 
 EVERY_ERROR = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, VtpmError)]
@@ -42,15 +42,21 @@ def test_status_and_list_are_read_when_the_manager_answers(client: ManagerClient
 def test_create_sends_all_it_was_told_when_nothing_is_left_to_default(
     client: ManagerClient, manager: CannedManager
 ) -> None:
-    made = client.create("db", TpmVersion.V1_2, DomainName.XEN, VM_UUID)
+    made = client.create("db", TpmVersion.V1_2, DomainName.XEN, VM_UUID, Make.SWTPM)
     assert (made.name, made.tpm_version, made.domain, made.vm_uuid) == ("db", "1.2", "xen", VM_UUID)
-    body = {"name": "db", "tpm_version": "1.2", "domain": "xen", "vm_uuid": str(VM_UUID)}
+    body = {"name": "db", "tpm_version": "1.2", "domain": "xen", "vm_uuid": str(VM_UUID), "make": "swtpm"}
     assert manager.asked == [Asked("POST", "/v1/vtpms", body)]
 
 
 def test_create_leaves_the_vm_open_when_none_is_named(client: ManagerClient, manager: CannedManager) -> None:
     assert client.create("db").vm_uuid is None
-    assert manager.asked[0].body == {"name": "db", "tpm_version": "2.0", "domain": "process", "vm_uuid": None}
+    assert manager.asked[0].body == {
+        "name": "db",
+        "tpm_version": "2.0",
+        "domain": "process",
+        "vm_uuid": None,
+        "make": "libtpms",
+    }
 
 
 def test_a_vtpm_starts_stops_and_goes_when_asked(client: ManagerClient, manager: CannedManager) -> None:

@@ -28,11 +28,11 @@ EXAMPLE = Manifest(
 )
 
 
-def write_image(folder: Path) -> Path:
-    """Write the example below `folder` as the builder does; return its own folder."""
-    place = folder / EXAMPLE.name / EXAMPLE.measurement
+def write_image(folder: Path, image: Manifest = EXAMPLE) -> Path:
+    """Write the example, or one of other words, below `folder` as the builder does; return its own folder."""
+    place = folder / image.name / image.measurement
     place.mkdir(parents=True)
     (place / KERNEL).write_bytes(KERNEL_BYTES)
     (place / INITRAMFS).write_bytes(INITRAMFS_BYTES)
-    (place / MANIFEST).write_bytes(encode(EXAMPLE))
+    (place / MANIFEST).write_bytes(encode(image))
     return place

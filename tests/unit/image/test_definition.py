@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from vtpm.errors import UsageError
-from vtpm.image.definition import DEFINITION_FILE, Lock, Package, encode_lock, locked, read_definition, read_lock
+from vtpm.image.definition import (
+    DEFINITION_FILE,
+    Lock,
+    Package,
+    definition_file,
+    encode_lock,
+    lock_file,
+    locked,
+    read_definition,
+    read_lock,
+)
+from vtpm.image.manifest import IMAGE_NAMES, make_of
+from vtpm.tpm.types import Make
 
 KERNEL = Package("linux-image-1", "6.1.1-1", "a" * 64, 5)
 
@@ -94,3 +106,33 @@ def test_definition_is_refused_when_it_has_a_key_that_means_nothing(tmp_path: Pa
 def test_definition_is_refused_when_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read_definition(tmp_path / "none")
+
+
+@pytest.mark.parametrize("make", Make)
+def test_every_make_has_a_definition_a_lock_and_images_that_say_so(make: Make) -> None:
+    definition = read_definition(definition_file(make))
+    assert definition.name == IMAGE_NAMES[make]
+    assert make_of(definition.command_line) is make
+    assert locked(definition, read_lock(lock_file(make)))
+
+
+def test_definition_has_all_of_that_which_it_is_based_on_and_its_own() -> None:
+    base, foreign = read_definition(), read_definition(definition_file(Make.SWTPM))
+    assert (foreign.kernel, foreign.kernel_modules, foreign.left_out) == (
+        base.kernel, base.kernel_modules, base.left_out
+    )  # fmt: skip
+    assert base.programs == () and foreign.programs == ("usr/bin/swtpm",)
+    assert foreign.stdlib - base.stdlib == {"signal"}
+    assert foreign.packages.items() > base.packages.items()
+    assert foreign.build_packages == base.build_packages
+    assert foreign.command_line == f"{base.command_line} vtpm.make=swtpm"
+
+
+@pytest.mark.parametrize(
+    "line", ['based_on = "none"', 'based_on = "../vtpmd"', "based_on = 5", 'programs = ["/bin/sh"]']
+)
+def test_definition_is_refused_when_its_base_or_a_program_is_not_one(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f"{line}\n{DEFINITION_FILE.read_text()}")
+    with pytest.raises(UsageError):
+        read_definition(path)

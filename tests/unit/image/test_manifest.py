@@ -11,7 +11,8 @@ import pytest
 
 from tests.unit.image.examples import EXAMPLE
 from vtpm.errors import ImageError
-from vtpm.image.manifest import MAX_MANIFEST_BYTES, Manifest, decode, encode, measure
+from vtpm.image.manifest import MAX_MANIFEST_BYTES, Manifest, decode, encode, make_of, measure
+from vtpm.tpm.types import Make
 
 
 def _changed(**fields: Any) -> bytes:
@@ -100,3 +101,17 @@ def test_manifest_is_refused_or_says_the_same_when_any_byte_is_changed() -> None
             continue
         # Whatever is believed has the measurement that was there.
         assert found.measurement == EXAMPLE.measurement
+
+
+def test_make_is_what_the_measured_command_line_says() -> None:
+    assert EXAMPLE.make is Make.LIBTPMS
+    foreign = dataclasses.replace(EXAMPLE, command_line="quiet vtpm.make=swtpm panic=-1")
+    assert decode(encode(foreign)).make is Make.SWTPM
+    assert foreign.measurement != EXAMPLE.measurement
+    assert make_of("vtpm.make=libtpms vtpm.make=libtpms") is Make.LIBTPMS
+
+
+@pytest.mark.parametrize("words", ["vtpm.make=", "vtpm.make=other", "vtpm.make=swtpm vtpm.make=libtpms"])
+def test_manifest_is_refused_when_it_names_no_make_that_is_known(words: str) -> None:
+    with pytest.raises(ImageError, match="is malformed"):
+        decode(encode(dataclasses.replace(EXAMPLE, command_line=words)))

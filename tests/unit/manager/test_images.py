@@ -34,7 +34,7 @@ from vtpm.secret import Secret
 from vtpm.tpm.types import StateKind, VtpmId
 from vtpm.vault.contents import Contents, begin
 from vtpm.vault.launch_policy import NewImages
-from vtpm.vault.records import Event, VtpmRecord
+from vtpm.vault.records import DomainKind, Event, VtpmRecord
 from vtpm.wire.api_images import AllowImage, RetireImage
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.launcher import InstanceInfo, KindArgs, Measured
@@ -160,6 +160,34 @@ def test_retired_image_does_not_start_and_is_not_taken_up(tmp_path: Path, new: N
         assert [event.kind for event in await world.events()] == ["image_allowed", "image_retired"]
         await world.service.allow(AllowImage(ONE, "back"), ROOT)
         assert await world.start() == ONE
+
+    run(tmp_path, test, new)
+
+
+@pytest.mark.parametrize("new", NewImages)
+@pytest.mark.parametrize(
+    ("own", "other"), [(DomainKind.QEMU, DomainKind.QEMU_SWTPM), (DomainKind.QEMU_SWTPM, DomainKind.QEMU)]
+)
+def test_image_of_another_make_is_not_started_not_taken_up_and_not_allowed(
+    tmp_path: Path, new: NewImages, own: DomainKind, other: DomainKind
+) -> None:
+    async def test(world: World) -> None:
+        world.would_run = {own.value: Measured(ONE, 0x000902, "first"), other.value: Measured(TWO, 0x000902, "second")}
+        record, foreign = replace(RECORD, domain=own), replace(RECORD, domain=other)
+        assert await world.start(record) == ONE
+        # The launcher's image of the other make has been changed for one of this make.
+        world.would_run[other.value] = Measured(ONE, 0x000902, "first")
+        with pytest.raises(
+            AccessDeniedError, match=f"is for vTPMs of the kind {own}; it runs none of the kind {other},"
+        ):
+            await world.start(foreign)
+        # Nor when nothing is known of the other kind yet, whose images are its first.
+        with pytest.raises(AccessDeniedError, match=f"it runs none of the kind {other},"):
+            await world.service.check_taken_up(foreign, info(ONE))
+        with pytest.raises(AccessDeniedError, match=f"it runs none of the kind {other},"):
+            await world.service.allow(AllowImage(ONE, "mistaken", other.value), ROOT)
+        assert world.in_pcr == [(own, ONE)]
+        assert [image.kind for image in await world.service.images(ROOT)] == [own]
 
     run(tmp_path, test, new)
 

@@ -85,12 +85,25 @@ def test_leaf_is_another_when_a_field_is(change: dict[str, Any]) -> None:
 
 def test_new_image_is_let_in_or_refused_as_the_host_is_set() -> None:
     assert admit([], IMAGE, NewImages.REFUSE) == IMAGE
-    assert admit([QEMU], IMAGE, NewImages.REFUSE) == IMAGE
+    assert admit([replace(QEMU, measurement=OTHER.measurement)], IMAGE, NewImages.REFUSE) == IMAGE
     assert admit([OTHER], IMAGE, NewImages.ALLOW) == IMAGE
     assert admit([IMAGE], replace(IMAGE, label="again"), NewImages.REFUSE) is None
     with pytest.raises(AccessDeniedError, match="is new, and not allowed") as refused:
         admit([OTHER], IMAGE, NewImages.REFUSE)
     assert f"vtpm policy allow-image {IMAGE.measurement}" in refused.value.next_step
+
+
+@pytest.mark.parametrize("new", NewImages)
+@pytest.mark.parametrize("state", ImageState)
+@pytest.mark.parametrize(("known", "asked"), [("qemu", "qemu-swtpm"), ("qemu-swtpm", "qemu"), ("process", "qemu")])
+def test_image_of_one_make_runs_no_vtpm_of_another_whatever_the_host_is_set_to(
+    known: str, asked: str, state: ImageState, new: NewImages
+) -> None:
+    image = replace(IMAGE, kind=known, state=state)
+    own = replace(OTHER, kind=asked)
+    with pytest.raises(AccessDeniedError, match=f"is for vTPMs of the kind {known}; it runs none of the kind {asked},"):
+        admit([own, image], replace(IMAGE, kind=asked), new)
+    assert admit([own, image], own, new) is None
 
 
 @pytest.mark.parametrize("new", NewImages)

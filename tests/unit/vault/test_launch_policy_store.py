@@ -15,7 +15,7 @@ from vtpm.errors import ConflictError, StateError, UsageError
 from vtpm.vault import launch_policy
 from vtpm.vault.launch_policy import ImageState
 from vtpm.vault.merkle import POLICY_SLOT
-from vtpm.vault.records import Event
+from vtpm.vault.records import DomainKind, Event
 from vtpm.vault.sqlite_store import SqliteStore
 
 EVENT = Event(CREATED, 0, "image_allowed")
@@ -100,10 +100,40 @@ def test_store_of_the_schema_before_keeps_it_and_its_root_until_the_first_image(
     store.put_image(IMAGE, event=EVENT)
     keeper = anchored(store)
     store.close()
-    assert schema_version(database) == 3
+    assert schema_version(database) == 4
     store = open_store(tmp_path / "vault", keeper)
     assert store.list_images() == [IMAGE]
     assert [record.name for record in store.list_vtpms()] == ["web1", "web2"]
+    store.close()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_store_of_a_schema_before_keeps_it_until_the_first_vtpm_of_another_make(tmp_path: Path, version: int) -> None:
+    database = older(tmp_path / "vault")
+    keeper = None
+    if version == 3:
+        store = open_store(tmp_path / "vault")
+        store.put_image(IMAGE)
+        keeper = anchored(store)
+        store.close()
+        with closing(sqlite3.connect(database, isolation_level=None)) as db:
+            db.execute("UPDATE vault_schema SET version = 3")
+    store = open_store(tmp_path / "vault", keeper)
+    store.create_vtpm(new_record("web2"))
+    images = store.list_images()
+    keeper = anchored(store)
+    store.close()
+    assert schema_version(database) == version
+    store = open_store(tmp_path / "vault", keeper)
+    foreign = replace(new_record("web3"), domain=DomainKind.QEMU_SWTPM)
+    store.create_vtpm(foreign)
+    keeper = anchored(store)
+    store.close()
+    assert schema_version(database) == 4
+    store = open_store(tmp_path / "vault", keeper)
+    assert store.find_vtpm("web3") == foreign
+    assert store.list_images() == images
+    store.put_image(OTHER)
     store.close()
 
 

@@ -7,8 +7,11 @@ import pytest
 
 from tests.unit.vault.world import CREATED, new_record
 from vtpm.errors import UsageError
-from vtpm.vault.records import Event, Permit, PermitState, valid_name
+from vtpm.tpm.types import Make, TpmVersion
+from vtpm.vault.records import DomainKind, Event, Permit, PermitState, valid_name
 from vtpm.vault.rules import check_event, check_new_record
+from vtpm.wire.api import DomainName
+from vtpm.wire.api_images import ImageKind
 
 
 @pytest.mark.parametrize("name", ["a", "0", "web1", "Web-1_b.c", "a" * 63])
@@ -72,3 +75,19 @@ def test_key_and_permit_are_not_shown_when_record_is_printed() -> None:
     record = dataclasses.replace(new_record(), permit=Permit(PermitState.ISSUED, b"permitpermitperm"))
     assert "wrapped key" not in repr(record)
     assert "permitpermit" not in repr(record)
+
+
+@pytest.mark.parametrize("kind", DomainKind)
+def test_kind_is_a_place_and_a_make_and_nothing_more(kind: DomainKind) -> None:
+    assert DomainKind.of(kind.place, kind.make) is kind
+    assert kind.place in [name.value for name in DomainName]
+    assert kind.value == (kind.place if kind.make is Make.LIBTPMS else f"{kind.place}-{kind.make}")
+    assert [name.value for name in ImageKind] == [kind.value for kind in DomainKind]
+    assert TpmVersion.V2_0 in kind.tpm_versions
+
+
+@pytest.mark.parametrize("place", ["process", "xen", "other"])
+def test_kind_is_refused_when_nothing_there_runs_the_make(place: str) -> None:
+    with pytest.raises(UsageError, match=f"{place} domains do not run vTPMs of the make swtpm") as refused:
+        DomainKind.of(place, Make.SWTPM)
+    assert refused.value.next_step == "Use --domain qemu"
