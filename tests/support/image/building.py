@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,8 +75,17 @@ def build_for_tests(place: Path) -> tuple[Path, Path]:
 
 
 def build_vtpmd(place: Path, make: Make = Make.LIBTPMS) -> Path:
-    """Build the image of this checkout, for vTPMs of a make, below `place`; return the folder of images."""
-    return _build_by_a_lock(ROOT / "src", place, make)[0].parents[1]
+    """Give the image of this checkout, for vTPMs of a make, below `place`; return the folder of images."""
+    shutil.copytree(_built(make), place / "images", dirs_exist_ok=True)
+    return place / "images"
+
+
+@functools.cache
+def _built(make: Make) -> Path:
+    """Build it, once in a session."""
+    place = tempfile.mkdtemp(prefix="vtpm-built-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return _build_by_a_lock(ROOT / "src", Path(place), make)[0].parents[1]
 
 
 def _build_by_a_lock(source: Path, place: Path, make: Make = Make.LIBTPMS) -> tuple[Path, Path]:

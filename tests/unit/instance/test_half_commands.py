@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
+import pytest
+
+from tests.support.relayed import RelayedVtpmd
 from tests.support.vtpmd import PlayedEmulator, Vtpmd
 from tests.unit.engine import commands
 from vtpm.wire.emulator import Init, SetBufferSize
@@ -13,6 +16,8 @@ from vtpm.wire.manager_link import ClientChanged, ClientKind
 RC_FAILURE = 0x101
 
 
+# What carries the commands out has no part in it.
+@pytest.mark.parametrize("vtpmd", [Vtpmd, RelayedVtpmd], indirect=True)
 def test_a_command_in_parts_has_one_answer_when_the_vtpmd_dies_after_any_of_its_bytes(vtpmd: Vtpmd) -> None:
     command = commands.get_random(8)
     with ExitStack() as stack, PlayedEmulator(vtpmd) as emulator:
