@@ -404,7 +404,7 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
 def _check_made_here(db: sqlite3.Connection, path: Path, version: int) -> None:
     """Refuse what the root record does not cover and SQLite obeys: a trigger's rows would be signed as our own."""
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
-        made.executescript(_SCHEMA + (POLICY_SCHEMA if version == SCHEMA_VERSION else ""))
+        made.executescript(_SCHEMA + ("" if version == _WITHOUT_POLICY else POLICY_SCHEMA))
         least = set(made.execute(_SELECT_SCHEMA))
         made.execute(_OWNER_INDEX)
         most = set(made.execute(_SELECT_SCHEMA))
