@@ -74,8 +74,10 @@ def build_for_tests(place: Path) -> tuple[Path, Path]:
     return _build_by_a_lock(copy_sources(place), place)
 
 
-def build_vtpmd(place: Path, make: Make = Make.LIBTPMS) -> Path:
-    """Give the image of this checkout, for vTPMs of a make, below `place`; return the folder of images."""
+def build_vtpmd(place: Path, make: Make = Make.LIBTPMS, *, source: Path | None = None) -> Path:
+    """Give the image of this checkout, or build that of other sources, below `place`; return the folder of images."""
+    if source is not None:
+        return _build_by_a_lock(source, place, make)[0].parents[1]
     shutil.copytree(_built(make), place / "images", dirs_exist_ok=True)
     return place / "images"
 
