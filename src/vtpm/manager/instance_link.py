@@ -61,6 +61,8 @@ NONSENSE_BURST, NONSENSE_PER_S = 100, 1.0
 FRAMES_BURST, FRAMES_PER_S = 4000, 2000.0
 """How many frames are taken from one instance: more than it can have saved."""
 PAUSE_S = 0.25
+LOADS_BURST, LOADS_PER_S = 20, 1.0
+"""How many loads are answered at once: a guest causes one with each reset. Then each waits for its turn."""
 _MAX_OUT_BYTES = 16 * 1024 * 1024
 _COMPLAINTS_LOGGED = 10
 _log = logging.getLogger("vtpm.manager.link")
@@ -113,6 +115,7 @@ class InstanceLink:
         self._on_misbehaviour = on_misbehaviour
         self._nonsense = Allowance(burst=NONSENSE_BURST, per_second=NONSENSE_PER_S)
         self._frames = Allowance(burst=FRAMES_BURST, per_second=FRAMES_PER_S)
+        self._loads = Allowance(burst=LOADS_BURST, per_second=LOADS_PER_S)
         self._loop = asyncio.get_running_loop()
         self._deframer = Deframer(MAX_BODY_BYTES)
         self._saves = SaveReceiver()
@@ -239,10 +242,14 @@ class InstanceLink:
             return not self._out
 
     def _see_to_rest(self) -> None:
+        if self.closed:
+            return
         if self._out_bytes > _MAX_OUT_BYTES:
             self._complain("it asks for more than it reads; the link is closed")
+            # Without a link it would go on under its guest, answering nobody here.
+            self._condemn()
             self.close()
-        elif self._out and not self.closed:
+        elif self._out:
             self._loop.add_writer(self._sock, self._on_writable)
 
     def _on_writable(self) -> None:
@@ -281,13 +288,18 @@ class InstanceLink:
 
     def _complain(self, what: str) -> None:
         self.complaints += 1
-        if not self._nonsense.take() and not self._condemned:
-            self._condemned = True
-            self._loop.remove_reader(self._sock)
-            _log.error("%s: its instance is to be ended: %d messages were refused", self.name, self.complaints)
-            self._on_misbehaviour(self)
+        if not self._nonsense.take():
+            self._condemn()
         if self.complaints <= _COMPLAINTS_LOGGED or self.complaints % 1000 == 0:
             _log.warning("%s: refused (%d so far): %s", self.name, self.complaints, what)
+
+    def _condemn(self) -> None:
+        if self._condemned:
+            return
+        self._condemned = True
+        self._loop.remove_reader(self._sock)
+        _log.error("%s: its instance is to be ended: %d messages were refused", self.name, self.complaints)
+        self._on_misbehaviour(self)
 
     # -- messages ---------------------------------------------------------------------------------------------------
     def _receive(self, message: object) -> None:
@@ -368,6 +380,9 @@ class InstanceLink:
         self._on_change(self, f"a save was refused: {known.message}")
 
     async def _load(self, seq: int) -> None:
+        while not self._loads.take():
+            # Reading and sending megabytes again and again would be at its siblings' expense.
+            await asyncio.sleep(1 / LOADS_PER_S)
         try:
             answer = await asyncio.to_thread(
                 self._vault.load, self.vtpm_id, self.instance_id, self.facts.engine_version

@@ -555,9 +555,12 @@ class ManagerService:
 
     async def _end_misbehaving(self, running: Running) -> None:
         record = running.record
-        await self.audit.append(event_of(None, "misbehaved", record, complaints=running.link.complaints))
-        await self._end_instance(record.id)
-        await self._settle_end(running, "it sent what no vtpmd sends")
+        try:
+            await self.audit.append(event_of(None, "misbehaved", record, complaints=running.link.complaints))
+        finally:
+            # It goes even when the store takes no word of it.
+            await self._end_instance(record.id)
+            await self._settle_end(running, "it sent what no vtpmd sends")
 
     async def _follow_power(self, running: Running) -> None:
         """Bring the life cycle after the TPM's power, one step at a time however often an instance changes it."""
