@@ -24,7 +24,7 @@ from vtpm.tpm.types import InstanceId, Startup, TpmVersion, VtpmId
 from vtpm.vault.records import SaveAck
 from vtpm.vault.vault import PermitGranted, Vault
 from vtpm.wire.allowance import Allowance
-from vtpm.wire.framing import BadFrame, Deframer, encode_frame
+from vtpm.wire.framing import END, BadFrame, Deframer, encode_frame
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     SESSION_BYTES,
@@ -59,7 +59,10 @@ _READ_BYTES = 65536
 NONSENSE_BURST, NONSENSE_PER_S = 100, 1.0
 """How many messages of an instance may be refused, at once and in the long run, before it is ended."""
 FRAMES_BURST, FRAMES_PER_S = 4000, 2000.0
-"""How many frames are taken from one instance: more than it can have saved."""
+"""How many frames are taken from one instance: more than it can have saved. Borders of frames are counted, two of each,
+for what is between two of them costs time also when it is nothing."""
+BYTES_BURST, BYTES_PER_S = 32 << 20, float(32 << 20)
+"""How many bytes likewise; a frame that never ends is none."""
 PAUSE_S = 0.25
 LOADS_BURST, LOADS_PER_S = 20, 1.0
 """How many loads are answered at once: a guest causes one with each reset. Then each waits for its turn."""
@@ -114,7 +117,8 @@ class InstanceLink:
         self._on_change = on_change
         self._on_misbehaviour = on_misbehaviour
         self._nonsense = Allowance(burst=NONSENSE_BURST, per_second=NONSENSE_PER_S)
-        self._frames = Allowance(burst=FRAMES_BURST, per_second=FRAMES_PER_S)
+        self._borders = Allowance(burst=2 * FRAMES_BURST, per_second=2 * FRAMES_PER_S)
+        self._bytes = Allowance(burst=BYTES_BURST, per_second=BYTES_PER_S)
         self._loads = Allowance(burst=LOADS_BURST, per_second=LOADS_PER_S)
         self._loop = asyncio.get_running_loop()
         self._deframer = Deframer(MAX_BODY_BYTES)
@@ -131,7 +135,6 @@ class InstanceLink:
         self._session = secrets.token_bytes(SESSION_BYTES)
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self.closed = False
-        self._paused = False
         self._condemned = False
         self._loop.add_reader(sock, self._on_readable)
         self._send(Hello(self._session))
@@ -213,10 +216,10 @@ class InstanceLink:
             # The launcher says what became of the instance; here it is only silent.
             self._loop.remove_reader(self._sock)
             return
+        self._pace(data)
         for body in self._deframer.feed(data):
             if self.closed or self._condemned:
                 return
-            self._pace()
             if isinstance(body, BadFrame):
                 self._complain(f"a frame was skipped: {body.damage.value}")
                 continue
@@ -274,15 +277,13 @@ class InstanceLink:
             else:
                 self._out.popleft()
 
-    def _pace(self) -> None:
+    def _pace(self, data: bytes) -> None:
         """Leave a link alone for a while that sends without end: its siblings share this loop."""
-        if not self._frames.take() and not self._paused:
-            self._paused = True
+        if not (self._borders.take(data.count(END)) and self._bytes.take(len(data))):
             self._loop.remove_reader(self._sock)
             self._loop.call_later(PAUSE_S, self._resume)
 
     def _resume(self) -> None:
-        self._paused = False
         if not self.closed and not self._condemned:
             self._loop.add_reader(self._sock, self._on_readable)
 

@@ -25,12 +25,12 @@ class Allowance:
         self._left = float(burst)
         self._at = clock()
 
-    def take(self) -> bool:
-        """Use one up, if there is one; say whether there was."""
+    def take(self, count: int = 1) -> bool:
+        """Use so many up, if there are so many; say whether there were."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
         self._at = now
-        if self._left < 1:
+        if self._left < count:
             return False
-        self._left -= 1
+        self._left -= count
         return True

@@ -67,7 +67,8 @@ class Deframer:
         found: list[bytes | BadFrame] = []
         *whole, rest = data.split(END)
         for piece in whole:
-            self._hold(piece)
+            if piece:
+                self._hold(piece)
             if self._held or self._overflowed:
                 found.append(self._finish())
         self._hold(rest)

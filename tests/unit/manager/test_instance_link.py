@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
@@ -130,5 +131,25 @@ def test_load_waits_for_its_turn_when_an_instance_loads_again_and_again(monkeypa
         await world.taken("and what follows a message is done")
         assert world.vault.loads == 2
         assert (world.link.complaints, world.condemned.empty()) == (0, True)
+
+    _run(attack)
+
+
+@pytest.mark.parametrize(
+    ("flood", "bytes_burst"),
+    [(b"\xc0", instance_link.BYTES_BURST), (b"x", 1000)],
+    ids=["borders alone", "a frame without end"],
+)
+def test_link_rests_when_bytes_come_without_end(
+    monkeypatch: pytest.MonkeyPatch, flood: bytes, bytes_burst: int
+) -> None:
+    monkeypatch.setattr(instance_link, "BYTES_BURST", bytes_burst)
+    monkeypatch.setattr(instance_link, "PAUSE_S", 0.5)
+
+    async def attack(world: _World) -> None:
+        began_s = time.monotonic()
+        await asyncio.get_running_loop().sock_sendall(world.sock, flood * 65536)
+        await world.taken("after it")
+        assert time.monotonic() - began_s >= instance_link.PAUSE_S
 
     _run(attack)
