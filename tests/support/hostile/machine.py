@@ -70,10 +70,13 @@ class Attacker:
 
     def came_unasked(self) -> bytes:
         """Return what has come beside the answers."""
+        self._sock.setblocking(False)
         try:
-            return self._sock.recv(65536, socket.MSG_DONTWAIT)
+            return self._sock.recv(65536)
         except BlockingIOError:
             return b""
+        finally:
+            self._sock.settimeout(ANSWER_S)
 
     def wait_ended(self) -> bytes:
         """Return what comes until the relay hangs up."""

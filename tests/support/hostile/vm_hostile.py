@@ -70,6 +70,8 @@ class Hostile:
         self._seq = 0
         self._deaf = self._flooding = False
         self._writing = threading.Lock()
+        self._telling = threading.Lock()
+        self._resting = threading.Event()
         self._sent = 0
         self._session = b""
 
@@ -102,7 +104,8 @@ class Hostile:
                 vm_boot.power_off()
             case StateChunk(data=data):
                 self._chunks += data
-            case StateEnd():
+            case StateEnd(digest=digest):
+                self._heard[-1] += f":{digest.hex()}"
                 # What the chunks of one answer hold, without the borders between them.
                 if not self._flooding:
                     self._bytes += self._chunks
@@ -152,32 +155,30 @@ class Hostile:
 
     # -- floods -----------------------------------------------------------------------------------------------------
     def flood(self, kind: str) -> None:
-        """Flood the manager link without end."""
+        """Flood the manager link until it is to rest."""
         self._flooding = True
-        if kind == "loads":
-            while True:
+        pieces = _pieces(kind)
+        while not self._resting.is_set():
+            if kind == "loads":
                 self.load()
-        elif kind == "unheard-loads":
-            self._deaf = True
-            while True:
+            elif kind == "saves":
+                self.save(StateKind.VOLATILE, os.urandom(STATE_BYTES))
+            elif kind == "unheard-loads":
+                self._deaf = True
                 self._seq += 1
                 self.say(Load(self._seq))
                 time.sleep(_UNHEARD_PAUSE_S)
-        elif kind == "saves":
-            while True:
-                self.save(StateKind.VOLATILE, os.urandom(STATE_BYTES))
-        else:
-            pieces = _pieces(kind)
-            while True:
+            else:
                 self.put(next(pieces))
 
     def flood_guest(self, kind: str) -> None:
-        """Flood the guest port without end."""
+        """Flood the guest port until it is to rest."""
         pieces = _guest_pieces(kind)
-        while True:
+        while not self._resting.is_set():
             view = memoryview(next(pieces))
-            while view:
-                view = view[os.write(self._guest, view) :]
+            with self._telling:
+                while view:
+                    view = view[os.write(self._guest, view) :]
 
     # -- the guest port ---------------------------------------------------------------------------------------------
     def serve(self) -> None:
@@ -198,7 +199,8 @@ class Hostile:
                         self._tell(guest_port.Response(connection, header + report))
 
     def _tell(self, message: guest_port.ToRelay) -> None:
-        os.write(self._guest, encode_frame(guest_port.encode_message(message)))
+        with self._telling:
+            os.write(self._guest, encode_frame(guest_port.encode_message(message)))
 
     def obey(self, order: str) -> str:
         """Do what one line says; return what came of it."""
@@ -209,7 +211,8 @@ class Hostile:
             case "raw":
                 self.put(bytes.fromhex(rest[0]))
             case "guest":
-                os.write(self._guest, bytes.fromhex(rest[0]))
+                with self._telling:
+                    os.write(self._guest, bytes.fromhex(rest[0]))
             case "load":
                 return self.load()
             case "save":
@@ -222,9 +225,13 @@ class Hostile:
                     return " ".join(self._heard)
             case "sent":
                 return str(self._sent)
+            case "rest":
+                self._resting.set()
             case "flood":
+                self._resting.clear()
                 threading.Thread(target=self.flood, args=rest, daemon=True).start()
             case "flood-guest":
+                self._resting.clear()
                 threading.Thread(target=self.flood_guest, args=rest, daemon=True).start()
             case _:
                 return "what?"
