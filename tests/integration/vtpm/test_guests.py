@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.guest import Firmware, GuestConfig, Image, Reboot, TpmModel, build_image, checks, checks12
+from tests.support.guest import Firmware, Guest, GuestConfig, Image, Reboot, TpmModel, build_image, checks, checks12
 from tests.support.host import Host
 from vtpm.tpm.types import TpmVersion
 
@@ -52,3 +52,10 @@ def test_tpm_12_serves_a_guest_when_rebooted_and_powered_off(host: Host, image: 
     control = _started(host, "g12", TpmVersion.V1_2)
     config = GuestConfig(image=image, tpm_control_socket=control, tpm_model=TpmModel.TIS)
     checks12.exercise(config, tmp_path, reboots=(Reboot.ORDERLY,), power_cycle=lambda: control)
+
+
+def test_guest_finds_its_pcrs_when_it_was_suspended(host: Host, image: Image, tmp_path: Path) -> None:
+    control = _started(host, "sleeper", TpmVersion.V2_0)
+    with Guest(GuestConfig(image, control, TpmModel.TIS), tmp_path) as guest, host.client() as client:
+        checks.check_resume(guest)
+        assert client.show("sleeper").state == "running"

@@ -18,7 +18,7 @@ import pytest
 from tests.support.guest import Firmware, Guest, GuestConfig, Image, Reboot, TpmModel, build_image, checks
 from tests.support.host import Host, wait_ended
 from tests.support.image.building import build_vtpmd
-from vtpm.errors import VtpmError
+from vtpm.errors import ConflictError, VtpmError
 from vtpm.tpm.types import TpmVersion
 from vtpm.wire.api import DomainName
 
@@ -125,6 +125,33 @@ def test_guest_goes_on_after_a_reset_when_its_vtpms_machine_or_relay_died(
         guest.power_off()
     with host.client() as client:
         client.stop(name)
+
+
+def test_guest_finds_its_pcrs_when_its_vtpms_machine_ran_on_or_died_while_it_was_suspended(
+    host: Host, image: Image, tmp_path: Path
+) -> None:
+    name = "sleeper"
+    control = _started(host, name)
+    with Guest(GuestConfig(image, control, uuid=uuid4()), tmp_path) as guest, host.client() as client:
+
+        def refuse_to_stop() -> None:
+            with pytest.raises(ConflictError, match="in use by a virtual machine"):
+                client.stop(name)
+
+        def die() -> None:
+            machine = client.show(name).pid
+            assert machine is not None
+            os.kill(machine, signal.SIGKILL)
+            assert wait_ended(machine, 30)
+
+        checks.check_resume(guest, refuse_to_stop)
+        guest.reboot(Reboot.HOST)
+        # TPM2_Shutdown(STATE) was answered, so what it saved is there, whichever machine the guest wakes up with.
+        checks.check_resume(guest, die)
+        assert client.show(name).state == "running"
+    with host.client() as client:
+        # The manager may not have heard yet that the guest has gone.
+        client.stop(name, force=True)
 
 
 def test_changed_image_is_not_started_and_named_when_one_byte_differs(images: Path, tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ class Agent:
             GuestError: it did not end in time, the guest was reset meanwhile, or QEMU ended.
         """
         deadline = Deadline(timeout_s)
-        number = self.send(script, deadline)
+        return self.finish(script, self.send(script, deadline), deadline)
+
+    def finish(self, script: str, number: int, deadline: Deadline) -> Result:
+        """Wait for the end of a script that `send` gave this number. Raises GuestError: as `run`."""
         while True:
             words = self._words(deadline)
             if words and words[0] == "ready":

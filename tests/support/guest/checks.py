@@ -71,6 +71,20 @@ def check_extend(guest: Guest) -> None:
     assert read_pcrs(guest) == before | {FREE_PCR: expected}
 
 
+def check_resume(guest: Guest, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Suspended to RAM and woken, the guest finds its PCRs as they were, in a TPM that was resumed and not reset.
+
+    Args:
+        meanwhile: called while it is suspended.
+    """
+    check_extend(guest)
+    pcrs, (resets, restarts) = read_pcrs(guest), _counts(guest)
+    guest.suspend(meanwhile)
+    assert read_pcrs(guest) == pcrs
+    assert _counts(guest) == (resets, restarts + 1), "it was not a TPM resume (TPM 2.0 Part 1, 12.2.3)"
+    check_extend(guest)
+
+
 def leave_traces(guest: Guest) -> Traces:
     """Make a persistent attestation key and write an NV index; fails if either is there already."""
     nv_hex = secrets.token_hex(32)
@@ -159,6 +173,14 @@ def exercise(
             check_traces(guest, traces)
             guest.power_off()
     return pcrs
+
+
+def _counts(guest: Guest) -> tuple[int, int]:
+    """The TPM's resets, and its resumes and restarts since the last one."""
+    report = guest.check("tpm2_readclock")
+    found = re.search(r"reset_count: (\d+)\s+restart_count: (\d+)", report)
+    assert found, report
+    return int(found[1]), int(found[2])
 
 
 def _key_name(guest: Guest) -> str:
