@@ -6,13 +6,13 @@ import argparse
 
 from tests.support.host import Host
 
-from bench import flood, image, measure, rates, report, saves
+from bench import flood, hostile, image, machines, measure, rates, report, saves
 from bench.commands import READS
 from bench.peers import ours, swtpm
 from vtpm.vault.anchor import AnchorMode
 
 SIDE_BY_SIDE = ("roundtrip", "nvwrite", "footprint")
-FIGURES = ("floor", *SIDE_BY_SIDE, "saves", "flood", "image")
+FIGURES = ("floor", *SIDE_BY_SIDE, "saves", "flood", "image", "machines", "hostile")
 
 
 def main() -> None:
@@ -40,6 +40,12 @@ def main() -> None:
         figures = image.image()
         report.print_image(figures)
         report.save("image", [figures], facts)
+    if "machines" in wanted:
+        _machines(facts)
+    if "hostile" in wanted:
+        rows = hostile.hostile()
+        report.print_hostile(rows)
+        report.save("hostile", rows, facts)
 
 
 def _side_by_side(host: Host, wanted: tuple[str, ...], names: list[str], facts: dict[str, str]) -> None:
@@ -78,6 +84,20 @@ def _flood(facts: dict[str, str]) -> None:
     for row in rows:
         report.print_flood(row)
     report.save("flood", rows, facts)
+
+
+def _machines(facts: dict[str, str]) -> None:
+    with machines.host_with_image() as (host, folder):
+        figures = machines.footprint(host, folder)
+        report.print_machines(figures)
+        report.save("machines", [figures], facts)
+        for name, where, measured in (
+            ("machines-roundtrip", "on the socket, us", machines.roundtrips),
+            ("machines-guest", "at /dev/tpm0, us", machines.guests),
+        ):
+            rows = measured(host)
+            report.print_comparisons(rows, where)
+            report.save(name, rows, facts)
 
 
 if __name__ == "__main__":

@@ -59,11 +59,11 @@ def image() -> ImageFigures:
     """Build an image, start it and a bare kernel in turns, and find the least memory that it starts with."""
     with tempfile.TemporaryDirectory(prefix="vtpm-bench-") as work:
         folder, _ = build_for_tests(Path(work))
-        bare = _bare_initramfs(Path(work))
+        bare = bare_initramfs(Path(work))
         with OpenImage(folder) as opened:
             bares, hellos = [], []
             for _ in range(STARTS):
-                bares.append(_bare(opened, bare))
+                bares.append(bare_boot(opened, bare))
                 hellos.append(_start(opened, MEMORY_LIMIT_MB))
             least = [(memory_mb, found) for memory_mb in _MEMORY_MB if (found := _tried(opened, memory_mb)) is not None]
             manifest = opened.manifest
@@ -86,7 +86,8 @@ def image() -> ImageFigures:
     )
 
 
-def _bare_initramfs(work: Path) -> Path:
+def bare_initramfs(work: Path) -> Path:
+    """Make an initramfs below `work` whose only program powers off."""
     program = work / "init"
     words = ["gcc", "-static", "-Os", "-s", "-x", "c", "-", "-o", str(program)]
     subprocess.run(words, input=_POWER_OFF.encode(), check=True, timeout=60)
@@ -95,7 +96,8 @@ def _bare_initramfs(work: Path) -> Path:
     return path
 
 
-def _bare(opened: OpenImage, initramfs: Path) -> tuple[float, float]:
+def bare_boot(opened: OpenImage, initramfs: Path) -> tuple[float, float]:
+    """Boot an image's kernel with another initramfs until it powers off; return seconds, also of processor time."""
     with Machine(opened, initramfs=initramfs, memory_mb=MEMORY_LIMIT_MB) as machine:
         status, cpu_s = machine.wait()
         elapsed_s = machine.elapsed_s()

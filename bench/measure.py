@@ -46,7 +46,7 @@ class Footprint:
 def roundtrip(name: str, a: Peer, b: Peer) -> Comparison:
     """Time one reading command on both TPMs in alternating blocks, after a block of warm-up each."""
     data = READS[name]
-    return _alternate(name, lambda: data, a.client.exchange, b.client.exchange, BLOCKS, ROUND_TRIPS)
+    return alternate(name, lambda: data, a.client.exchange, b.client.exchange, BLOCKS, ROUND_TRIPS)
 
 
 def nvwrite(a: Peer, b: Peer) -> Comparison:
@@ -54,7 +54,7 @@ def nvwrite(a: Peer, b: Peer) -> Comparison:
     for peer in (a, b):
         succeed(peer.client.exchange, NV_DEFINE)
     counter = itertools.count(1)
-    return _alternate(
+    return alternate(
         "NV_Write",
         lambda: nv_write(next(counter)),
         a.client.exchange,
@@ -86,9 +86,10 @@ def footprint(host: Host) -> Footprint:
         )
 
 
-def _alternate(
+def alternate(
     name: str, command: Callable[[], bytes], a: Exchange, b: Exchange, blocks: int, round_trips: int
 ) -> Comparison:
+    """Time a command on two TPMs in alternating blocks, after a block of warm-up each."""
     for exchange in (a, b):
         time_block(exchange, command, round_trips)
     times_a, times_b = [], []
@@ -100,5 +101,5 @@ def _alternate(
 
 def _floor(name: str, direct: Exchange, echo: Exchange) -> Floor:
     data = READS[name]
-    result = _alternate(name, lambda: data, direct, echo, BLOCKS // 2, ROUND_TRIPS)
+    result = alternate(name, lambda: data, direct, echo, BLOCKS // 2, ROUND_TRIPS)
     return Floor(name, result.ours_median_us, result.peer_median_us)

@@ -17,6 +17,7 @@ from tests.support.swtpm import SwtpmPlatform
 from bench.client import RawClient, succeed
 from bench.commands import PCR_READ
 from vtpm.tpm.types import Startup
+from vtpm.wire.api import DomainName
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,23 @@ class Peer:
 
     def pss_kib(self) -> int:
         """Return the proportional set size of the TPM's process, KiB."""
-        text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
-        found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"the kernel gives no PSS for process {self.pid}")
-        return int(found[1])
+        return pss_kib(self.pid)
+
+
+def pss_kib(pid: int) -> int:
+    """Return the proportional set size of a process, KiB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"the kernel gives no PSS for process {pid}")
+    return int(found[1])
 
 
 @contextlib.contextmanager
-def ours(host: Host, name: str) -> Iterator[Peer]:
+def ours(host: Host, name: str, domain: DomainName = DomainName.PROCESS) -> Iterator[Peer]:
     """Create and start a vTPM as a user does, confined as users get it; the time is that of starting it."""
     with host.client() as manager:
-        manager.create(name)
+        manager.create(name, domain=domain)
         begin = time.perf_counter()
         vtpm = manager.start(name, Startup.CLEAR)
         client = RawClient(Path(vtpm.tcti.removeprefix("swtpm:path=")))

@@ -14,7 +14,9 @@ from pathlib import Path
 from bench.figures import Comparison
 from bench.flood import P99_LIMIT_US, Flood
 from bench.flood import RATIO_LIMIT as FLOOD_RATIO_LIMIT
+from bench.hostile import Hostile
 from bench.image import INITRAMFS_LIMIT_BYTES, START_RATIO_LIMIT, ImageFigures
+from bench.machines import MachineFigures
 from bench.measure import Floor, Footprint
 from bench.rates import RATIO_LIMIT, Rate, Registered
 from bench.saves import LIMIT_US, Spent
@@ -35,12 +37,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def print_comparisons(rows: Sequence[Comparison]) -> None:
+def print_comparisons(rows: Sequence[Comparison], where: str = "round trip, us") -> None:
     """Print a table of round trips."""
-    print(f"{'round trip, us':<14}{'ours':>9}{'p99':>9}{'swtpm':>9}{'p99':>9}{'ratio':>7}  per-block      round trips")
+    print(f"{where:<22}{'ours':>9}{'p99':>9}{'swtpm':>9}{'p99':>9}{'ratio':>7}  per-block      round trips")
     for row in rows:
         print(
-            f"{row.command:<14}{row.ours_median_us:>9.1f}{row.ours_p99_us:>9.1f}{row.peer_median_us:>9.1f}"
+            f"{row.command:<22}{row.ours_median_us:>9.1f}{row.ours_p99_us:>9.1f}{row.peer_median_us:>9.1f}"
             f"{row.peer_p99_us:>9.1f}{row.ratio:>7.2f}  {row.ratio_least:.2f} - {row.ratio_most:.2f}"
             f"  {row.round_trips:>9} each"
         )
@@ -117,11 +119,40 @@ def print_image(row: ImageFigures) -> None:
     )
 
 
+def print_machines(row: MachineFigures) -> None:
+    """Print start, memory and sizes of vTPMs in processes and in machines."""
+    print(f"median of {row.starts}: process / virtual machine (emulated) / swtpm")
+    print(
+        f"start to first answer, ms  {row.process_start_s * 1e3:.0f} / {row.machine_start_s * 1e3:.0f} /"
+        f" {row.swtpm_start_s * 1e3:.0f}; bare boot of the machine's kernel {row.bare_s * 1e3:.0f},"
+        f" ratio {row.ratio:.2f} (at most {START_RATIO_LIMIT:g}): {_verdict(row.met)}"
+    )
+    print(
+        f"PSS, KiB                   {row.process_pss_kib:.0f} / QEMU {row.machine_pss_kib:.0f} and relay"
+        f" {row.relay_pss_kib:.0f} / {row.swtpm_pss_kib:.0f}"
+    )
+    print(f"kernel {row.kernel_bytes / 1e6:.1f} MB, initramfs {row.initramfs_bytes / 1e6:.1f} MB")
+
+
+def print_hostile(rows: Sequence[Hostile]) -> None:
+    """Print what a machine in an attacker's hands does to siblings."""
+    print(
+        f"{'siblings, p99 in us':<24}{'reads, calm':>12}{'flood':>8}{'ratio':>7}"
+        f"{'writes, calm':>14}{'flood':>8}{'ratio':>7}"
+    )
+    for row in rows:
+        print(
+            f"{row.flood:<24}{row.calm_read_p99_us:>12.0f}{row.flood_read_p99_us:>8.0f}{row.read_ratio:>7.2f}"
+            f"{row.calm_write_p99_us:>14.0f}{row.flood_write_p99_us:>8.0f}{row.write_ratio:>7.2f}"
+            f"  {row.reads}, {row.writes}; {_verdict(row.met)}"
+        )
+
+
 def _verdict(met: bool) -> str:
     return "met" if met else "NOT MET"
 
 
-Figure = Comparison | Floor | Footprint | Spent | Rate | Registered | Flood | ImageFigures
+Figure = Comparison | Floor | Footprint | Spent | Rate | Registered | Flood | ImageFigures | MachineFigures | Hostile
 
 
 def save(name: str, figures: Sequence[Figure], facts: dict[str, str]) -> None:
