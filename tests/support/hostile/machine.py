@@ -32,7 +32,7 @@ def build_hostile(place: Path) -> Path:
     changed = honest.replace('entry = "vtpm.instance.vm_main"', f'entry = "{ENTRY}"')
     assert changed != honest
     definition.write_text(changed)
-    return build_vtpmd(place, source)
+    return build_vtpmd(place, source=source)
 
 
 def put_in_place(images: Path, into: Path) -> str:
