@@ -26,6 +26,9 @@ from vtpm.vault.store import Store
 T = TypeVar("T")
 
 ANSWER_TIMEOUT_S = 10.0
+LOAD_PATIENCE_S = 4.0
+"""How long the anchor is given when state is taken: what is had once is gone then, so giving up early would lose it. An
+instance waits a second longer."""
 """Bound on waiting for the store's thread in `open_vtpm` and `load`."""
 
 
@@ -116,14 +119,17 @@ class Vault:
         record, saved = self._answer(lambda store: (store.get_vtpm(vtpm_id), store.read_state(vtpm_id)))
         check_bound(record, instance_id)
         if not any(state.kind is StateKind.PERMANENT for state in saved):
-            permit_id = self._answer(lambda store: store.issue_permit(vtpm_id, instance_id, engine_version))
+            permit_id = self._answer(
+                lambda store: store.issue_permit(vtpm_id, instance_id, engine_version), LOAD_PATIENCE_S
+            )
             with session.lock:
                 session.engine_version = engine_version
             return PermitGranted(permit_id)
         with session.lock:
             contents = {state.kind: open_saved(session.key, record, state, engine_version) for state in saved}
         taken, record = self._answer(
-            lambda store: (store.load_state(vtpm_id, instance_id, engine_version), store.get_vtpm(vtpm_id))
+            lambda store: (store.load_state(vtpm_id, instance_id, engine_version), store.get_vtpm(vtpm_id)),
+            LOAD_PATIENCE_S,
         )
         _check_same(record, saved, taken)
         with session.lock:
@@ -179,9 +185,9 @@ class Vault:
             raise ConflictError(f"vTPM {vtpm_id} is not open in the vault")
         return session
 
-    def _answer(self, operation: Callable[[Store], T]) -> T:
+    def _answer(self, operation: Callable[[Store], T], patience_s: float = SAVE_PATIENCE_S) -> T:
         try:
-            return self._committer.run(operation).result(ANSWER_TIMEOUT_S)
+            return self._committer.run(operation, patience_s=patience_s).result(ANSWER_TIMEOUT_S)
         except TimeoutError as error:
             raise StoreError(f"the store did not answer within {ANSWER_TIMEOUT_S:g} s") from error
 

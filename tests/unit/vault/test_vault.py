@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -10,14 +11,15 @@ import pytest
 
 from tests.unit.vault.world import ENGINE, KEY, MemoryKeeper, new_record, open_store
 from vtpm.errors import ConflictError, NotFoundError, ProtocolError, StateError
+from vtpm.instance.manager_channel import LOAD_TIMEOUT_S
 from vtpm.tpm.types import MAX_STATE_BYTES, InstanceId, StateKind, VtpmId
 from vtpm.vault.anchor import AnchorPolicy
-from vtpm.vault.committer import Committer
+from vtpm.vault.committer import SAVE_PATIENCE_S, Committer
 from vtpm.vault.entries import envelope_digest
 from vtpm.vault.records import SaveAck, SavedState, SaveEffect
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
-from vtpm.vault.vault import PermitGranted, Vault
+from vtpm.vault.vault import LOAD_PATIENCE_S, PermitGranted, Vault
 
 T = TypeVar("T")
 LIMIT_S = 20.0
@@ -151,6 +153,24 @@ def test_first_save_is_taken_when_the_manager_restarted_after_the_permit(manager
     manager.restart()
     manager.vault.open_vtpm(vtpm_id, KEY)
     assert manager.save(vtpm_id, instance, 1, PERMANENT, b"state", granted.permit_id).version == 1
+
+
+def test_load_waits_longer_for_its_anchor_than_a_save_when_state_is_taken(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is had once is gone when it was taken: a load that gave up like a save would lose it."""
+    vtpm_id, instance = manager.manufacture()
+    manager.save(vtpm_id, instance, 2, VOLATILE, b"volatile")
+    run, patience = manager.committer.run, []
+
+    def noted(operation: Callable[[Store], T], *, patience_s: float) -> Future[T]:
+        patience.append(patience_s)
+        return run(operation, patience_s=patience_s)
+
+    monkeypatch.setattr(manager.committer, "run", noted)
+    manager.vault.load(vtpm_id, instance, ENGINE)
+    assert patience[-1] == LOAD_PATIENCE_S > 3 * SAVE_PATIENCE_S
+    assert LOAD_PATIENCE_S < LOAD_TIMEOUT_S
 
 
 def test_volatile_state_is_had_once_when_loaded(manager: Manager) -> None:
