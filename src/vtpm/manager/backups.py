@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from vtpm.errors import ConflictError, UsageError
 from vtpm.manager.access import Caller
 from vtpm.manager.lifecycle import Happening
 from vtpm.manager.running import event_of
-from vtpm.manager.service import ManagerService
+from vtpm.manager.service import DELETED, ManagerService
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import Secret
 from vtpm.tpm.types import MAX_STATE_BYTES, StateKind, VtpmId
@@ -83,7 +84,7 @@ class BackupService:
         )
 
     async def import_backup(self, wanted: ImportBackup, caller: Caller) -> Vtpm:
-        """Register a vTPM with the uuid and the state of a backup, in the epoch after the backup's."""
+        """Register a vTPM with the uuid and the state of a backup, in an epoch that neither has had before."""
         caller.require_admin("import vTPMs")
         if not wanted.original_is_dead:
             raise UsageError(
@@ -102,7 +103,7 @@ class BackupService:
             tpm_version=found.tpm_version,
             domain=_IMPORTED_AS,
             created_at=datetime.now(UTC),
-            epoch=found.epoch + 1,
+            epoch=max(found.epoch, await self._passed_epoch(found.vtpm_id)) + 1,
             state_version=found.state_version,
         )
         event = event_of(
@@ -140,6 +141,11 @@ class BackupService:
         )
         event = event_of(caller.uid, "imported", record, source="swtpm", directory=wanted.source, uuid=record.id)
         return await self._add(record, Contents(carried(wanted.tpm_version, states)), event)
+
+    async def _passed_epoch(self, vtpm_id: VtpmId) -> int:
+        """Return the epoch in which a vTPM of this uuid was deleted here last, 0: it was not, or too long ago."""
+        event = await self._vtpms.door.run(lambda store: store.last_event(vtpm_id, DELETED))
+        return 0 if event is None else int(json.loads(event.detail).get("epoch", 0))
 
     async def _add(self, record: VtpmRecord, contents: Contents, event: Event) -> Vtpm:
         new_key = await self._threads.run(self._keeper.new_key, record.id)

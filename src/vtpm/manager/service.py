@@ -58,6 +58,7 @@ POWER_PAUSE_S = 5.0
 LOCKOUT_ANSWER_S = 0.5
 """How long `show` waits for a TPM that may be busy; then it says what was known before."""
 LOCKED_OUT = "locked_out"
+DELETED = "deleted"
 _log = logging.getLogger("vtpm.manager")
 T = TypeVar("T")
 
@@ -311,7 +312,7 @@ class ManagerService:
     async def delete(self, name: str, caller: Caller) -> None:
         """Destroy a stopped vTPM's key, state and record."""
         async with self.held(name, caller, Happening.DELETE) as record:
-            event = event_of(caller.uid, "deleted", record)
+            event = event_of(caller.uid, DELETED, record, epoch=record.epoch)
             await self._store(lambda store: store.delete_vtpm(record.id, event=event))
             self._states.pop(record.id, None)
         self._locks.pop(record.id, None)

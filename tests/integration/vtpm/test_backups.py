@@ -98,6 +98,10 @@ def test_vtpm_is_as_it_was_in_a_new_epoch_when_its_backup_is_imported(host: Host
         assert looked_at(client, "web1") == (VALUE, ek)
         # And it goes on: the next backup is of the new epoch.
         assert client.export("web1", TO_PASSPHRASE).epoch == 2
+        # Nor does the same backup come back in an epoch that has been.
+        client.delete("web1")
+        again = json.loads(host.cli(*words, "--yes", "--json").stdout)
+        assert (again["epoch"], looked_at(client, "web1")) == (3, (VALUE, ek))
         secret = (tmp_path / "key").read_text().splitlines()[1]
     for log in (host.log(), host.service_logs()):
         assert secret not in log and PASSPHRASE not in log
