@@ -127,13 +127,15 @@ def recovery_key(session: Session, output: Path | None, yes: bool) -> None:
     """Make the recovery key, and show it once: write it down and keep it offline.
 
     It opens the vault when the platform TPM is lost or its PCRs have changed. It is kept nowhere. Once it is written,
-    one that was made before opens nothing any more.
+    one that was made before counts no more; it opens copies of the state directory that were made before, for ever.
     """
+    _hold_a_key()
     with session.connect() as manager, contextlib.ExitStack() as stack:
         platform = manager.status().platform
         if platform is not None and platform.recovery and not yes:
             confirm(
-                f"The recovery key {platform.recovery} will open nothing any more. Make a new one?",
+                f"The recovery key {platform.recovery} will open nothing but earlier copies of the state directory."
+                " Make a new one?",
                 refusal="the recovery key stays as it is",
             )
         # Opened before the key is made: one that cannot be kept is of no use.
@@ -176,6 +178,7 @@ def recover(session: Session, key_file: Path, yes: bool) -> None:
 
     For a platform TPM that was lost or cleared, or PCRs that changed for a reason that you know.
     """
+    _hold_a_key()
     if not yes and key_file == Path("-"):
         raise UsageError("the recovery key comes from standard input, so nobody can be asked", next_step="Say --yes")
     if not yes:
@@ -191,6 +194,13 @@ def recover(session: Session, key_file: Path, yes: bool) -> None:
         print_json(status)
     else:
         print_line("recovered: the root key is sealed to the platform TPM as it is now")
+
+
+def _hold_a_key() -> None:
+    """No core dump of this process, and no debugger, from here on."""
+    from vtpm.confine.service import forbid_core_dumps
+
+    forbid_core_dumps()
 
 
 def _measured(manager: ManagerClient, changes: Changes) -> MeasuredServices | None:

@@ -21,10 +21,15 @@ _MCL_ALL_ON_FAULT = 1 | 2 | 4
 _log = logging.getLogger(__name__)
 
 
-def forbid_dumps() -> None:
-    """Forbid core dumps, and ptrace and /proc/PID/mem to other processes of this user; no more privileges by exec."""
+def forbid_core_dumps() -> None:
+    """Forbid core dumps, and ptrace and /proc/PID/mem to other processes of this user."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kernel.prctl(_PR_SET_DUMPABLE, 0)
+
+
+def forbid_dumps() -> None:
+    """Forbid core dumps, and more privileges by exec. For services."""
+    forbid_core_dumps()
     kernel.prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 

@@ -223,3 +223,16 @@ def test_prediction_is_refused_clearly_when_a_file_is_not_what_it_should_be(
         refused = cli("policy", "predict", "--efi", words[0], "--event-log", str(words[1]))
         assert refused.status == 2
         assert name in refused.err
+
+
+@pytest.mark.parametrize(
+    "words", [("recovery-key", "--yes"), ("recover", "--yes", "--key-file", "KEY")], ids=lambda words: words[0]
+)
+def test_no_core_is_dumped_when_a_recovery_key_is_held(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    forbidden: list[bool] = []
+    monkeypatch.setattr("vtpm.confine.service.forbid_core_dumps", lambda: forbidden.append(True))
+    (tmp_path / "key").write_text(RECOVERY_KEY)
+    cli(*(str(tmp_path / "key") if word == "KEY" else word for word in words))
+    assert forbidden == [True]
