@@ -59,11 +59,9 @@ _READ_BYTES = 65536
 NONSENSE_BURST, NONSENSE_PER_S = 100, 1.0
 """How many messages of an instance may be refused, at once and in the long run, before it is ended."""
 FRAMES_BURST, FRAMES_PER_S = 4000, 2000.0
-"""How many frames are taken from one instance: more than it can have saved. Borders of frames are counted, two of each,
-for what is between two of them costs time also when it is nothing."""
+"""How many frames are taken from one instance: more than it can have saved. Their borders are what is counted."""
 BYTES_BURST, BYTES_PER_S = 16 << 20, float(16 << 20)
-"""How many bytes likewise, twice what a vTPM's saves come to that is written without pause; a frame that never ends is
-none, and a guest that has filled its NV makes each save twenty times as large."""
+"""How many bytes likewise: twice what saves without pause come to, unless a guest has filled its NV."""
 PAUSE_S = 0.25
 LOADS_BURST, LOADS_PER_S = 20, 1.0
 """How many loads are answered at once: a guest causes one with each reset. Then each waits for its turn."""
