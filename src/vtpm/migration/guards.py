@@ -1,0 +1,99 @@
+"""What the machines' decisions rest on, for one peer: evidence over all that must not be substituted, and encryption.
+
+The offer's evidence is over the proposal, the attempt, both nonces, the destination's key and the two hosts' TLS keys:
+it is of no use for another attempt, another key, or to somebody who sits between the two. The source's is over the
+offer, and so over all of that again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+from vtpm.errors import StateError
+from vtpm.migration.transcript import proposal_digest
+from vtpm.migration.transport_key import TransportKey, seal
+from vtpm.wire.migration import Offer, Propose, Prove, encode_message
+
+_CHANNEL_LABEL = b"vtpm migration channel 1"
+_OFFER_LABEL = b"vtpm migration offer 1"
+_PROOF_LABEL = b"vtpm migration proof 1"
+
+
+class Attester(Protocol):
+    """Makes this platform's evidence, and verifies another's; see wire.evidence and verifier."""
+
+    def evidence(self, extra: bytes) -> bytes:
+        """Return encoded evidence over qualifying data, 32 bytes. Raises PlatformTpmError."""
+
+    def verify(self, evidence: bytes, extra: bytes) -> None:
+        """Verify a peer's. Raises AttestationError, ProtocolError: what is wrong with it."""
+
+
+def channel_digest(source_key: bytes, destination_key: bytes) -> bytes:
+    """Return the digest that stands for who is at both ends of the transport.
+
+    Args:
+        source_key, destination_key: the hosts' TLS public keys, SubjectPublicKeyInfo in DER.
+    """
+    keys = hashlib.sha256(source_key).digest() + hashlib.sha256(destination_key).digest()
+    return hashlib.sha256(_CHANNEL_LABEL + keys).digest()
+
+
+def offer_extra(channel: bytes, proposal: Propose, migration_id: bytes, nonce: bytes, key: bytes) -> bytes:
+    """Return what the destination's quote has to be over."""
+    parts = channel + proposal_digest(proposal) + migration_id + nonce + hashlib.sha256(key).digest()
+    return hashlib.sha256(_OFFER_LABEL + parts).digest()
+
+
+def proof_extra(channel: bytes, proposal: Propose, offer: Offer) -> bytes:
+    """Return what the source's quote has to be over."""
+    offered = hashlib.sha256(encode_message(offer)).digest()
+    return hashlib.sha256(_PROOF_LABEL + channel + proposal_digest(proposal) + offered).digest()
+
+
+class Guard:
+    """SourceGuard and DestinationGuard towards one peer. Blocks: a quote takes a TPM its time.
+
+    Args:
+        attester: see Attester.
+        channel: see channel_digest.
+    """
+
+    def __init__(self, attester: Attester, channel: bytes) -> None:
+        self._attester = attester
+        self._channel = channel
+        self._migration_id = b""
+        self._key: TransportKey | None = None
+
+    def offer(self, peer: str, proposal: Propose, migration_id: bytes, nonce: bytes) -> Offer:
+        """See DestinationGuard. The key of an offer that was made before is gone."""
+        key = TransportKey()
+        extra = offer_extra(self._channel, proposal, migration_id, nonce, key.public)
+        evidence = self._attester.evidence(extra)
+        self._migration_id, self._key = migration_id, key
+        return Offer(migration_id, proposal_digest(proposal), nonce, key.public, evidence)
+
+    def examine(self, peer: str, proposal: Propose, offer: Offer, proof: Prove | None = None) -> None:
+        """See SourceGuard; with a proof, see DestinationGuard."""
+        if proof is None:
+            extra = offer_extra(self._channel, proposal, offer.migration_id, offer.nonce, offer.key)
+            self._attester.verify(offer.evidence, extra)
+        else:
+            self._attester.verify(proof.evidence, proof_extra(self._channel, proposal, offer))
+
+    def prove(self, proposal: Propose, offer: Offer) -> bytes:
+        """See SourceGuard."""
+        return self._attester.evidence(proof_extra(self._channel, proposal, offer))
+
+    def seal(self, offer: Offer, transcript: bytes, state: bytes) -> bytes:
+        """See SourceGuard."""
+        return seal(offer.key, transcript, state)
+
+    def unseal(self, offer: Offer, transcript: bytes, sealed: bytes) -> bytes:
+        """See DestinationGuard. The key is used once."""
+        if self._key is None or offer.migration_id != self._migration_id:
+            raise StateError("the key of this attempt is gone: it is to be begun anew")
+        state = self._key.open(transcript, sealed)
+        self._key = None
+        return state
