@@ -74,6 +74,7 @@ def test_guest_finds_what_it_wrote_when_the_machines_of_its_vtpm_and_of_the_mana
     manager.cli("stop", "web1")
 
 
+@pytest.mark.soak
 def test_vtpm_is_ended_and_can_be_started_again_when_the_bridge_on_the_host_was_restarted(
     launcher: LauncherAlone, manager: ManagerMachine
 ) -> None:
