@@ -145,7 +145,7 @@ class Engine:
             EngineError: libtpms or the store failed, or the engine is not off.
         C: TPMLIB_MainInit.
         """
-        self._check_state(state, origin)
+        check_state(self.version, state, origin)
         with self._busy:
             self._require(_Power.OFF)
             self._nvram.offer(state, origin)
@@ -325,7 +325,7 @@ class Engine:
             EngineError: the engine is not off.
         C: TPMLIB_SetState.
         """
-        self._check_state(state, Origin.SAVED)
+        check_state(self.version, state, Origin.SAVED)
         with self._busy:
             self._require(_Power.OFF)
             refused: tuple[StateKind, int] | None = None
@@ -425,19 +425,6 @@ class Engine:
         if self._power is not power:
             raise EngineError(f"the TPM cannot do this: {self._power.value}")
 
-    def _check_state(self, state: Mapping[StateKind, bytes], origin: Origin) -> None:
-        if (StateKind.PERMANENT in state) is not (origin is Origin.SAVED):
-            raise StateError(
-                f"TPM {self.version} has no permanent state"
-                if origin is Origin.SAVED
-                else f"TPM {self.version} has permanent state and must not be manufactured again"
-            )
-        for kind, blob in state.items():
-            if not 0 < len(blob) <= MAX_STATE_BYTES:
-                raise StateError(f"{kind.name.lower()} state has {len(blob)} bytes; 1 to {MAX_STATE_BYTES} are allowed")
-        if StateKind.SAVESTATE in state and self.version is TpmVersion.V2_0:
-            raise StateError("TPM 2.0 has no savestate")
-
     def _get_blob(self, state_type: int) -> bytes:
         data = self._ffi.new("unsigned char **")
         size = self._ffi.new("uint32_t *")
@@ -452,3 +439,22 @@ class Engine:
         if self._power is _Power.ON or self._busy.locked():
             self._busy = threading.Lock()
             self._power = _Power.FORKED
+
+
+def check_state(version: TpmVersion, state: Mapping[StateKind, bytes], origin: Origin) -> None:
+    """Check that there is the state that a TPM is powered on with, and no more than there can be.
+
+    Raises:
+        StateError: permanent state is missing, or there although it is to be made; a blob is of no size that it can be.
+    """
+    if (StateKind.PERMANENT in state) is not (origin is Origin.SAVED):
+        raise StateError(
+            f"TPM {version} has no permanent state"
+            if origin is Origin.SAVED
+            else f"TPM {version} has permanent state and must not be manufactured again"
+        )
+    for kind, blob in state.items():
+        if not 0 < len(blob) <= MAX_STATE_BYTES:
+            raise StateError(f"{kind.name.lower()} state has {len(blob)} bytes; 1 to {MAX_STATE_BYTES} are allowed")
+    if StateKind.SAVESTATE in state and version is TpmVersion.V2_0:
+        raise StateError("TPM 2.0 has no savestate")

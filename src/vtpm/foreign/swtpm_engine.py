@@ -13,12 +13,12 @@ import struct
 from collections.abc import Mapping
 
 from vtpm.engine import library
-from vtpm.engine.engine import LOCALITY_0, BufferSize, Origin, Store
+from vtpm.engine.engine import LOCALITY_0, BufferSize, Origin, Store, check_state
 from vtpm.errors import EngineError, ProtocolError, StateError, UsageError, VtpmError
 from vtpm.foreign.swtpm_process import SWTPM, SwtpmProcess
 from vtpm.tpm.headers import HEADER_BYTES, MAX_COMMAND_BYTES, failure_response
 from vtpm.tpm.return_codes import Rc20, describe_12
-from vtpm.tpm.types import MAX_LOCALITY, MAX_STATE_BYTES, Locality, StateKind, TpmVersion
+from vtpm.tpm.types import MAX_LOCALITY, Locality, StateKind, TpmVersion
 from vtpm.wire.emulator import (
     Command,
     GetInfo,
@@ -91,7 +91,9 @@ class SwtpmEngine:
 
     def power_on(self, state: Mapping[StateKind, bytes], *, origin: Origin) -> None:
         """See Engine. swtpm makes a blank TPM where it finds no permanent state, so that is laid out, or forbidden."""
-        self._check_state(state, origin)
+        check_state(self.version, state, origin)
+        for kind, blob in state.items():
+            _check_own(kind, blob)
         self._require(_Power.OFF)
         self._error = None
         for kind in (StateKind.PERMANENT, StateKind.VOLATILE):
@@ -253,20 +255,6 @@ class SwtpmEngine:
     def _require(self, power: _Power) -> None:
         if self._power is not power:
             raise EngineError(f"the TPM cannot do this: {self._power.value}")
-
-    def _check_state(self, state: Mapping[StateKind, bytes], origin: Origin) -> None:
-        if (StateKind.PERMANENT in state) is not (origin is Origin.SAVED):
-            raise StateError(
-                f"TPM {self.version} has no permanent state"
-                if origin is Origin.SAVED
-                else f"TPM {self.version} has permanent state and must not be manufactured again"
-            )
-        for kind, blob in state.items():
-            if not 0 < len(blob) <= MAX_STATE_BYTES:
-                raise StateError(f"{kind.name.lower()} state has {len(blob)} bytes; 1 to {MAX_STATE_BYTES} are allowed")
-            _check_own(kind, blob)
-        if StateKind.SAVESTATE in state:
-            raise StateError("TPM 2.0 has no savestate")
 
 
 def _check_own(kind: StateKind, blob: bytes) -> None:
