@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from vtpm.errors import ConflictError
@@ -35,13 +35,13 @@ class Step(Generic[S]):
         holding: as it is to be; where it differs from what it was, it is made durable before anything is sent.
         session: what is remembered until the next crash; None: nothing.
         sends: messages, in order.
-        state: the vTPM's plain state that is stored with an INERT holding; None where nothing is stored.
+        state: the vTPM's plain state that is stored with an INERT holding, which no repr shows; None: nothing is.
     """
 
     holding: Holding
     session: S | None
     sends: tuple[Send, ...] = ()
-    state: bytes | None = None
+    state: bytes | None = field(default=None, repr=False)
 
 
 class Journal(Protocol):

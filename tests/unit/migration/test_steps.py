@@ -45,6 +45,10 @@ def test_nothing_is_sent_when_nothing_became_durable() -> None:
     assert done == []
 
 
+def test_state_does_not_show_when_a_step_is_printed() -> None:
+    assert "whole TPM" not in repr(Step(HELD, None, (ASK,), b"a whole TPM"))
+
+
 def test_only_the_holder_may_run_it_and_every_right_has_a_crash_rule() -> None:
     assert [right for right in Right if Holding(right).may_run] == [Right.HELD]
     assert set(CRASH_RULES) == set(Right)
