@@ -29,6 +29,16 @@ PLATFORM_LIFE = timedelta(days=730)
 MAX_NAME_CHARS = 64
 _KIND_PREFIX = "urn:vtpm:platform:"
 _SKEW = timedelta(minutes=5)
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+)
+"""What reading an untrusted certificate raises; the last five are no ValueErrors."""
 
 
 class PlatformKind(enum.StrEnum):
@@ -120,7 +130,7 @@ def verify(
         (kind,) = (uri.removeprefix(_KIND_PREFIX) for uri in uris if uri.startswith(_KIND_PREFIX))
         (common,) = read.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         return CertifiedPlatform(str(common.value), PlatformKind(kind), read.serial_number)
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+    except _MALFORMED as error:
         raise AttestationError(f"the platform's certificate is malformed: {error}") from error
 
 

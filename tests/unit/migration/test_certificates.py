@@ -95,6 +95,13 @@ def test_refused_when_it_is_cut_or_any_byte_is_another() -> None:
             check(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
 
 
+@pytest.mark.parametrize("version", [0, 1, 3, 9])
+def test_refused_when_it_is_of_another_version(version: int) -> None:
+    at = certificate().index(b"\xa0\x03\x02\x01\x02") + 4
+    with pytest.raises(AttestationError, match="malformed"):
+        check(certificate()[:at] + bytes([version]) + certificate()[at + 1 :])
+
+
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb"])
 def test_no_certificate_is_made_when_the_name_is_unfit(name: str) -> None:
     with pytest.raises(UsageError, match="printable"):
