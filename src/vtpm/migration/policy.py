@@ -3,16 +3,16 @@
 bank = "sha256"
 embedded = false            # whether platforms without a hardware TPM will do
 
-[pcrs]                      # each that is named is quoted, and must hold one of its values
+[pcrs]                      # each that is named is quoted, and must hold one of its values; not 16 or 23
 0 = ["3d458cfe..."]
 7 = ["b5710bf5...", "..."]
 
 [services]                  # measurements of manager, keeper and launcher
-pcr = 13
+pcr = 13                    # from 1 to 15: the others can be reset by what runs
 allowed = ["f1d2..."]
 
 [images]                    # measurements of what runs vTPMs, by kind of domain
-pcr = 12
+pcr = 12                    # from 8 to 15
 process = ["..."]
 qemu = ["..."]
 """
@@ -31,6 +31,11 @@ from vtpm.tpm.hash_algorithms import HashAlgorithm
 
 MAX_POLICY_BYTES = 1024 * 1024
 _PCR_COUNT = 24
+# As for the settings services_pcr and launch_pcr. Source: TCG PC Client Platform TPM Profile, initial and reset values.
+_FOR_SERVICES = range(1, 16)
+_FOR_IMAGES = range(8, 16)
+_RESETTABLE = (16, 23)
+"""By whatever runs, which can then extend into them what it likes."""
 _MEASUREMENT = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9-]{0,15}")
 
@@ -87,7 +92,7 @@ def parse_policy(data: bytes) -> PlatformPolicy:
         raise UsageError(f"a platform policy has at most {MAX_POLICY_BYTES} bytes")
     try:
         document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError of its own: a number with too many digits
         raise UsageError(f"the platform policy is not TOML: {error}") from error
     bank = document.pop("bank", "sha256")
     if bank not in ("sha256", "sha384"):
@@ -100,7 +105,10 @@ def parse_policy(data: bytes) -> PlatformPolicy:
     services, images = _table(document, "services"), _table(document, "images")
     if document:
         raise UsageError(f"the platform policy has unknown settings: {', '.join(sorted(document))[:200]}")
-    services_pcr, images_pcr = _pcr(services.pop("pcr", 13)), _pcr(images.pop("pcr", 12))
+    services_pcr, images_pcr = (
+        _pcr(services.pop("pcr", 13), _FOR_SERVICES),
+        _pcr(images.pop("pcr", 12), _FOR_IMAGES),
+    )
     allowed = _texts(services.pop("allowed", []), "services.allowed", _MEASUREMENT)
     if services:
         raise UsageError(f"services has unknown settings: {', '.join(sorted(services))[:200]}")
@@ -129,15 +137,17 @@ def _table(document: dict[str, Any], name: str) -> dict[str, Any]:
     return table
 
 
-def _pcr(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _PCR_COUNT:
-        raise UsageError(f"{str(value)[:32]!r} is no PCR from 0 to {_PCR_COUNT - 1}")
+def _pcr(value: object, usable: range) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value not in usable:
+        raise UsageError(f"{str(value)[:32]!r} is no PCR from {usable[0]} to {usable[-1]}")
     return value
 
 
 def _pcr_named(text: str) -> int:
     if not re.fullmatch(r"[0-9]|1[0-9]|2[0-3]", text):
         raise UsageError(f"{text[:32]!r} is no PCR from 0 to {_PCR_COUNT - 1}")
+    if int(text) in _RESETTABLE:
+        raise UsageError(f"PCR {text} proves nothing: whatever runs can reset it")
     return int(text)
 
 
@@ -151,7 +161,7 @@ def _values(index: str, values: object, bank: HashAlgorithm) -> frozenset[bytes]
     texts = _texts(values, f"pcrs.{index}", re.compile(rf"[0-9a-f]{{{2 * bank.digest_bytes}}}"))
     if not texts:
         raise UsageError(f"pcrs.{index} allows no value at all")
-    if any(not any(bytes.fromhex(text)) for text in texts):
+    if any(set(text) in ({"0"}, {"f"}) for text in texts):
         raise UsageError(f"pcrs.{index} allows a PCR into which nothing was measured")
     return frozenset(map(bytes.fromhex, texts))
 

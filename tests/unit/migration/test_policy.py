@@ -41,7 +41,7 @@ def test_all_is_there_when_a_policy_is_read(tmp_path: Path) -> None:
 def test_nothing_is_allowed_when_a_policy_leaves_it_out() -> None:
     policy = parse_policy(f'[pcrs]\n0 = ["{A}"]\n'.encode())
     assert not policy.embedded and not policy.services and not policy.images and policy.quoted == (0, 12, 13)
-    assert parse_policy(f'bank = "sha384"\n[pcrs]\n23 = ["{A}{"cc" * 16}"]\n'.encode()).quoted == (12, 13, 23)
+    assert parse_policy(f'bank = "sha384"\n[pcrs]\n22 = ["{A}{"cc" * 16}"]\n'.encode()).quoted == (12, 13, 22)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,19 @@ def test_nothing_is_allowed_when_a_policy_leaves_it_out() -> None:
         (f'bank = "sha384"\n[pcrs]\n0 = ["{A}"]', "pcrs.0 must be a list"),
         ('[services]\nallowed = ["AA"]', "services.allowed must be a list"),
         ("[services]\npcr = true", "'True' is no PCR"),
-        ("[services]\npcr = 24", "'24' is no PCR"),
+        ("[services]\npcr = 16", "'16' is no PCR from 1 to 15"),
+        ("[images]\npcr = 23", "'23' is no PCR from 8 to 15"),
+        ("[images]\npcr = 7", "'7' is no PCR from 8 to 15"),
+        (f'[pcrs]\n16 = ["{A}"]', "PCR 16 proves nothing"),
+        (f'[pcrs]\n23 = ["{A}"]', "PCR 23 proves nothing"),
+        (f'[pcrs]\n17 = ["{"ff" * 32}"]', "into which nothing was measured"),
         ("[services]\nmore = 1", "services has unknown settings: more"),
         (f'[pcrs]\n13 = ["{A}"]', "none of those in pcrs"),
         (f'[pcrs]\n0 = ["{A}"]\n[images]\npcr = 13', "are two"),
         ("[images]\nQemu = []", "'Qemu' is no kind"),
         ("[images]\nqemu = [1]", "images.qemu must be a list"),
         ("x = = 1", "is not TOML"),
+        ("x = " + "1" * 5000, "is not TOML"),
         ("\x00", "is not TOML"),
         ("#" * (MAX_POLICY_BYTES + 1), "at most"),
     ],
