@@ -133,7 +133,7 @@ def test_evidence_of_a_real_platform_is_taken_and_its_replay_is_not(platform: Pl
     now, authority_key = datetime.now(UTC), ec.generate_private_key(ec.SECP256R1())
     authority = new_authority("enrolment", authority_key, now)
     public = platform.identity().attestation
-    key = read_signing_key(public).key
+    key = read_signing_key(public)
     certificate = certify(authority, authority_key, "host-b", PlatformKind.EMBEDDED, key, now)
     signed = platform.quote(selection, NONCE)
     shown = Evidence(

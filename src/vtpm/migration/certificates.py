@@ -1,7 +1,8 @@
 """Certificates of platforms' attestation keys, by an enrolment authority: issued, and verified. Pure.
 
 An authority is a P-256 key with a certificate that it signed itself. A platform's certificate has the purpose that the
-TCG gave attestation keys, and says of what kind its TPM is. There is no chain: who trusts an authority has its
+TCG gave attestation keys, and says of what kind its TPM is and what Name the key has: the Name is over the key's
+attributes, which a platform could otherwise claim as it likes. There is no chain: who trusts an authority has its
 certificate.
 
 Source: RFC 5280; TCG EK Credential Profile, tcg-kp-AIKCertificate.
@@ -22,12 +23,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
 from vtpm.errors import AttestationError, UsageError
+from vtpm.tpm.attest import SigningKey
 
 ATTESTATION_KEY_PURPOSE = x509.ObjectIdentifier("2.23.133.8.3")
 AUTHORITY_LIFE = timedelta(days=3650)
 PLATFORM_LIFE = timedelta(days=730)
 MAX_NAME_CHARS = 64
 _KIND_PREFIX = "urn:vtpm:platform:"
+_KEY_PREFIX = "urn:vtpm:key:"
 _SKEW = timedelta(minutes=5)
 _MALFORMED = (
     ValueError,
@@ -80,30 +83,39 @@ def certify(
     authority_key: ec.EllipticCurvePrivateKey,
     name: str,
     kind: PlatformKind,
-    attestation_key: ec.EllipticCurvePublicKey,
+    attestation_key: SigningKey,
     now: datetime,
 ) -> x509.Certificate:
-    """Return the certificate of a platform that has activated a credential. Raises UsageError: as new_authority."""
-    kind_name = x509.UniformResourceIdentifier(f"{_KIND_PREFIX}{kind}")
+    """Return the certificate of a platform.
+
+    Args:
+        attestation_key: whose Name the platform's credential was made for, and which has activated it.
+    Raises:
+        UsageError: as new_authority. AttestationError: the key is no attestation key.
+    """
+    attestation_key.require_attestation_key()
+    uris = (f"{_KIND_PREFIX}{kind}", f"{_KEY_PREFIX}{attestation_key.name.hex()}")
     return (
-        _builder(_name(name), authority.subject, attestation_key, now, PLATFORM_LIFE)
+        _builder(_name(name), authority.subject, attestation_key.key, now, PLATFORM_LIFE)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ATTESTATION_KEY_PURPOSE]), critical=True)
-        .add_extension(x509.SubjectAlternativeName([kind_name]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris]), critical=False
+        )
         .sign(authority_key, hashes.SHA256())
     )
 
 
 def verify(
-    certificate: bytes, authorities: Iterable[x509.Certificate], key: ec.EllipticCurvePublicKey, now: datetime
+    certificate: bytes, authorities: Iterable[x509.Certificate], key: SigningKey, now: datetime
 ) -> CertifiedPlatform:
     """Return whom a certificate is of.
 
     Args:
         certificate: DER, untrusted.
         authorities: that are trusted.
-        key: the attestation key, as its public area has it.
+        key: the attestation key, as its public area has it; untrusted.
         now: aware of its time zone.
     Raises:
         AttestationError: no authority signed it, it is of another key, another purpose or another time, or malformed.
@@ -120,13 +132,15 @@ def verify(
                 )
         if not signer.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
             raise AttestationError("what signed the platform's certificate is no authority")
-        if _encoded(read.public_key()) != _encoded(key):
+        if _encoded(read.public_key()) != _encoded(key.key):
             raise AttestationError("the platform's certificate is of another key")
         purposes = read.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         if ATTESTATION_KEY_PURPOSE not in purposes:
             raise AttestationError("the platform's certificate is not of an attestation key")
         names = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+        if f"{_KEY_PREFIX}{key.name.hex()}" not in uris:
+            raise AttestationError("the platform's certificate is of a key with other attributes")
         (kind,) = (uri.removeprefix(_KIND_PREFIX) for uri in uris if uri.startswith(_KIND_PREFIX))
         (common,) = read.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         return CertifiedPlatform(str(common.value), PlatformKind(kind), read.serial_number)

@@ -42,7 +42,7 @@ def verify_evidence(
         AttestationError: a check failed; the message says which.
     """
     key = read_signing_key(evidence.attestation_key)
-    platform = verify(evidence.certificate, authorities, key.key, now)
+    platform = verify(evidence.certificate, authorities, key, now)
     key.require_attestation_key()
     verify_signature(key, evidence.attest, evidence.signature)
     quote = read_quote(evidence.attest)

@@ -71,7 +71,7 @@ class Attester:
 def enrolled(name: str, platform: SwtpmPlatform, tpm: PlatformTpm) -> Attester:
     tpm.extend(13, PcrBank.SHA256, event_digest("sha256", SERVICES))
     tpm.extend(12, PcrBank.SHA256, Launch("qemu", IMAGE).digest(HashAlgorithm.SHA256))
-    key = read_signing_key(tpm.identity().attestation).key
+    key = read_signing_key(tpm.identity().attestation)
     policy = PlatformPolicy(
         bank=HashAlgorithm.SHA256,
         embedded=False,

@@ -10,10 +10,11 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from tests.unit.tpm.attest_examples import KEY, NONCE, attest, public_area, quote_body, sign
+from tests.unit.tpm.attest_examples import NONCE, attest, public_area, quote_body, sign
 from vtpm.measurement.record import predict
 from vtpm.migration.certificates import PlatformKind, certify, new_authority
 from vtpm.migration.policy import PlatformPolicy
+from vtpm.tpm.attest import read_signing_key
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 from vtpm.tpm.launch_log import Launch, LaunchLog, encode
 from vtpm.wire.evidence import Evidence
@@ -48,7 +49,7 @@ def certificate(kind: PlatformKind = PlatformKind.HARDWARE, **changes: Any) -> b
         "authority_key": AUTHORITY_KEY,
         "name": "host-b",
         "kind": kind,
-        "attestation_key": KEY.public_key(),
+        "attestation_key": read_signing_key(public_area()),
         "now": NOW,
     }
     return certify(**(fields | changes)).public_bytes(Encoding.DER)

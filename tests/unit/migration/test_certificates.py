@@ -12,12 +12,15 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from tests.unit.migration.evidence_examples import AUTHORITY, AUTHORITY_KEY, NOW, certificate
-from tests.unit.tpm.attest_examples import KEY
+from tests.unit.tpm.attest_examples import ATTRIBUTES, KEY, public_area
 from vtpm.errors import AttestationError, UsageError
 from vtpm.migration.certificates import ATTESTATION_KEY_PURPOSE, PlatformKind, certify, new_authority, verify
+from vtpm.tpm.attest import read_signing_key
 
 PURPOSE = x509.ExtendedKeyUsage([ATTESTATION_KEY_PURPOSE])
-KIND = x509.SubjectAlternativeName([x509.UniformResourceIdentifier("urn:vtpm:platform:hardware")])
+PUBLIC = read_signing_key(public_area())
+NAME = x509.UniformResourceIdentifier(f"urn:vtpm:key:{PUBLIC.name.hex()}")
+KIND = x509.SubjectAlternativeName([NAME, x509.UniformResourceIdentifier("urn:vtpm:platform:hardware")])
 
 
 def by_hand(*extensions: x509.ExtensionType, key: object = KEY, names: int = 1) -> bytes:
@@ -33,19 +36,19 @@ def by_hand(*extensions: x509.ExtensionType, key: object = KEY, names: int = 1) 
 
 
 def check(data: bytes) -> str:
-    return verify(data, [AUTHORITY], KEY.public_key(), NOW).name
+    return verify(data, [AUTHORITY], PUBLIC, NOW).name
 
 
 @pytest.mark.parametrize("kind", PlatformKind)
 def test_name_and_kind_come_back_when_certified(kind: PlatformKind) -> None:
-    found = verify(certificate(kind), [AUTHORITY], KEY.public_key(), NOW)
+    found = verify(certificate(kind), [AUTHORITY], PUBLIC, NOW)
     assert (found.name, found.kind) == ("host-b", kind)
     assert check(by_hand(PURPOSE, KIND)) == "host-b"
 
 
 def test_right_authority_is_found_when_there_are_several() -> None:
     other = new_authority("another", ec.derive_private_key(7, ec.SECP256R1()), NOW)
-    assert verify(certificate(), [other, AUTHORITY], KEY.public_key(), NOW).name == "host-b"
+    assert verify(certificate(), [other, AUTHORITY], PUBLIC, NOW).name == "host-b"
 
 
 @pytest.mark.parametrize(
@@ -54,16 +57,21 @@ def test_right_authority_is_found_when_there_are_several() -> None:
         ((KIND,), 1, "malformed"),
         ((PURPOSE,), 1, "malformed"),
         ((x509.ExtendedKeyUsage([x509.ObjectIdentifier("1.3.6.1.5.5.7.3.1")]), KIND), 1, "not of an attestation key"),
-        ((PURPOSE, x509.SubjectAlternativeName([x509.DNSName("host-b")])), 1, "malformed"),
+        ((PURPOSE, x509.SubjectAlternativeName([x509.DNSName("host-b"), NAME])), 1, "malformed"),
         (
-            (PURPOSE, x509.SubjectAlternativeName([x509.UniformResourceIdentifier("urn:vtpm:platform:x")])),
+            (PURPOSE, x509.SubjectAlternativeName([x509.UniformResourceIdentifier("urn:vtpm:platform:hardware")])),
+            1,
+            "other attributes",
+        ),
+        (
+            (PURPOSE, x509.SubjectAlternativeName([NAME, x509.UniformResourceIdentifier("urn:vtpm:platform:x")])),
             1,
             "malformed",
         ),
         ((PURPOSE, KIND), 0, "malformed"),
         ((PURPOSE, KIND), 2, "malformed"),
     ],
-    ids=["no-purpose", "no-kind", "other-purpose", "no-uri", "unknown-kind", "nameless", "two-names"],
+    ids=["no-purpose", "no-kind", "other-purpose", "no-uri", "no-name", "unknown-kind", "nameless", "two-names"],
 )
 def test_refused_when_it_does_not_say_what_it_must(
     extensions: tuple[x509.ExtensionType, ...], names: int, why: str
@@ -77,11 +85,23 @@ def test_refused_when_it_is_of_a_key_on_no_curve() -> None:
         check(by_hand(PURPOSE, KIND, key=rsa.generate_private_key(65537, 2048)))
 
 
+def test_refused_when_the_key_was_certified_with_other_attributes() -> None:
+    claimed = read_signing_key(public_area(attributes=ATTRIBUTES ^ 1 << 6))
+    with pytest.raises(AttestationError, match="other attributes"):
+        verify(certificate(), [AUTHORITY], claimed, NOW)
+
+
+@pytest.mark.parametrize("bit", [1, 4, 5, 16, 18])
+def test_no_certificate_is_made_when_the_key_is_no_attestation_key(bit: int) -> None:
+    with pytest.raises(AttestationError, match="no attestation key"):
+        certificate(attestation_key=read_signing_key(public_area(attributes=ATTRIBUTES & ~(1 << bit))))
+
+
 def test_refused_when_a_platform_signed_it_with_its_own_certificate() -> None:
     platform = x509.load_der_x509_certificate(certificate())
-    forged = certify(platform, KEY, "host-c", PlatformKind.HARDWARE, KEY.public_key(), NOW)
+    forged = certify(platform, KEY, "host-c", PlatformKind.HARDWARE, PUBLIC, NOW)
     with pytest.raises(AttestationError, match="no authority"):
-        verify(forged.public_bytes(Encoding.DER), [platform], KEY.public_key(), NOW)
+        verify(forged.public_bytes(Encoding.DER), [platform], PUBLIC, NOW)
     with pytest.raises(AttestationError, match="no enrolment authority"):
         check(forged.public_bytes(Encoding.DER))
 

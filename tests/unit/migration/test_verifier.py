@@ -26,6 +26,7 @@ from vtpm.measurement.record import predict
 from vtpm.migration.certificates import CertifiedPlatform, PlatformKind, new_authority
 from vtpm.migration.policy import PlatformPolicy
 from vtpm.migration.verifier import verify_evidence
+from vtpm.tpm.attest import read_signing_key
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 from vtpm.tpm.launch_log import Gap, Launch, LaunchLog, encode
 from vtpm.wire.evidence import Evidence
@@ -69,8 +70,13 @@ def test_refused_when_the_key_is_of_another_tpm() -> None:
 
 def test_refused_when_the_key_signs_anything_or_was_made_outside() -> None:
     for bit in (1, 5, 16):
+        public = public_area(attributes=ATTRIBUTES & ~(1 << bit))
+        with pytest.raises(AttestationError, match="other attributes"):
+            verify(evidence(public=public))
+        # An authority that did not look at what it certified.
+        key = dataclasses.replace(read_signing_key(public), attributes=ATTRIBUTES)
         with pytest.raises(AttestationError, match="no attestation key"):
-            verify(evidence(public=public_area(attributes=ATTRIBUTES & ~(1 << bit))))
+            verify(evidence(public=public, certificate=certificate(attestation_key=key)))
 
 
 def test_refused_when_the_signature_is_anothers() -> None:
