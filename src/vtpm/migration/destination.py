@@ -112,7 +112,7 @@ class Destination:
         if session is not None and (session.peer, session.proposal) == (peer, proposal):
             return Step(holding, session, (Send(peer, session.offer),))
         try:
-            _check_vacant(holding, proposal)
+            _check_vacant(holding, peer, proposal)
             offer = self._guard.offer(peer, proposal, fresh[:16], fresh[16:])
         except VtpmError as error:
             return Step(holding, session, (Send(peer, Decline(proposal_digest(proposal), error.message)),))
@@ -135,7 +135,7 @@ class Destination:
         session = _session_of(session, peer, message.migration_id)
         if session.proof is None:
             raise MigrationError(f"{peer} sends a state before it has proven itself")
-        _check_vacant(holding, session.proposal)
+        _check_vacant(holding, peer, session.proposal)
         transcript = transcript_digest(session.proposal, session.offer, session.proof)
         state = self._guard.unseal(session.offer, transcript, message.sealed)
         inert = Holding(
@@ -144,11 +144,14 @@ class Destination:
         return Step(inert, None, (Send(peer, Stored(message.migration_id, digest)),), state)
 
 
-def _check_vacant(holding: Holding, proposal: Propose) -> None:
+def _check_vacant(holding: Holding, peer: str, proposal: Propose) -> None:
     if holding.right not in (Right.ABSENT, Right.MOVED):
         raise MigrationError(f"the vTPM is {holding.right.value} on this host already")
     if proposal.epoch < holding.epoch:
         raise MigrationError(f"the vTPM is proposed with epoch {proposal.epoch}, which has passed: {holding.epoch}")
+    if holding.right is Right.MOVED and holding.migration_id and holding.peer != peer:
+        # The release would be forgotten, and what waits for it be told that it is worthless. To say it again ends this.
+        raise MigrationError(f"{holding.peer} has not said yet that the vTPM, which moved there, is active")
 
 
 def _session_of(session: Incoming | None, peer: str, migration_id: bytes) -> Incoming:

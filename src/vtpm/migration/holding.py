@@ -23,7 +23,7 @@ class Right(enum.Enum):
     FROZEN = "frozen"
     """Nothing until the move is over: its state may be under way."""
     MOVED = "moved"
-    """Nothing ever again under this epoch: released to peer. Its key is destroyed."""
+    """Nothing ever again under this epoch: released to peer. Its key is destroyed. No migration_id: peer is active."""
     INERT = "inert"
     """Keep its state, run nothing, until the source says released or aborted."""
 
@@ -45,7 +45,8 @@ class Holding:
         right: see Right.
         epoch: that this host runs it under (HELD, FROZEN), will run it under (INERT), or that has passed (MOVED: the
             destination's).
-        migration_id: of the attempt that brought it here (HELD), or that is under way or over; empty: none.
+        migration_id: of the attempt that brought it here (HELD), or that is not over yet (FROZEN, MOVED, INERT); empty:
+            none.
         peer: the other host of that attempt, as the transport names whom it has authenticated; empty: none.
         digest: SHA-256 of the sealed state of that attempt (FROZEN, INERT); empty: none.
         mode: of that attempt.

@@ -137,7 +137,7 @@ class Source:
         """Say again what the destination may have missed; after a restart, and from time to time."""
         if holding.right is Right.FROZEN:
             return Step(holding, session, (Send(holding.peer, Ask(holding.migration_id)),))
-        if holding.right is Right.MOVED:
+        if holding.right is Right.MOVED and holding.migration_id:
             return Step(holding, None, (Send(holding.peer, Release(holding.migration_id)),))
         return Step(holding, session)
 
@@ -163,7 +163,7 @@ class Source:
             case Refuse():
                 return self._refused(holding, session, peer, message)
             case Activated():
-                return Step(holding, session)
+                return _activated(holding, session, peer, message)
 
     def _offered(self, holding: Holding, session: Outgoing | None, peer: str, offer: Offer) -> Step[Outgoing]:
         if holding.right is not Right.HELD or not isinstance(session, Asking) or session.peer != peer:
@@ -195,6 +195,13 @@ def _declined(holding: Holding, session: Outgoing | None, peer: str, message: De
     return Step(holding, None)
 
 
+def _activated(holding: Holding, session: Outgoing | None, peer: str, message: Activated) -> Step[Outgoing]:
+    """Note that the move is over: a destination that asks for its release once more is one of the past."""
+    if holding.right is Right.MOVED and holding.is_of(peer, message.migration_id):
+        return Step(dataclasses.replace(holding, migration_id=b""), None)
+    return Step(holding, session)
+
+
 def _queried(holding: Holding, session: Outgoing | None, peer: str, query: Query) -> Step[Outgoing]:
     migration_id = query.migration_id
     if holding.migration_id == migration_id and holding.right in (Right.FROZEN, Right.MOVED):
@@ -203,7 +210,7 @@ def _queried(holding: Holding, session: Outgoing | None, peer: str, query: Query
         raise MigrationError(f"{peer} asks after an attempt whose state it cannot have yet")
     if holding == NOWHERE:
         raise MigrationError(f"{peer} asks after a vTPM that this host knows nothing of")
-    # Neither frozen nor released, and its offer is forgotten: this attempt can do neither any more.
+    # Neither frozen nor to be released, and its offer is forgotten: this attempt can do neither any more.
     return Step(holding, session, (Send(peer, Aborted(migration_id)),))
 
 

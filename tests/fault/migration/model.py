@@ -261,6 +261,8 @@ def close(world: World, mode: wire.Mode) -> World:
     rights = sorted(host.holding.right.value for host in world.hosts)
     if rights not in (["absent", "held"], ["held", "moved"]):
         raise Violation(f"it does not come to rest: {rights}: {world}")
+    if any(host.holding.right is Right.MOVED and host.holding.migration_id for host in world.hosts):
+        raise Violation(f"a release is said for ever: {world}")
     check(world)
     return world
 

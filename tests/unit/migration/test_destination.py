@@ -24,7 +24,8 @@ OFFERED = Incoming("a", PROPOSAL, OFFER)
 PROVEN = Incoming("a", PROPOSAL, OFFER, PROOF)
 INERT = Holding(Right.INERT, 8, MIGRATION_ID, "a", state_digest(STATE.sealed), mg.Mode.DRIVEN)
 HELD = Holding(Right.HELD, 8, MIGRATION_ID, "a", mode=mg.Mode.DRIVEN)
-GONE = Holding(Right.MOVED, 7, bytes(16), "c")
+GONE = Holding(Right.MOVED, 7, b"", "c")
+COMES_BACK = Holding(Right.MOVED, 7, bytes(16), "a")
 OTHER_ID = bytes(16)
 
 
@@ -34,7 +35,9 @@ def receive(
     return Destination(guard or Guard()).receive(holding, session, peer, message, FRESH)
 
 
-@pytest.mark.parametrize("holding", [NOWHERE, Holding(Right.ABSENT, 7), GONE], ids=["new", "discarded", "back"])
+@pytest.mark.parametrize(
+    "holding", [NOWHERE, Holding(Right.ABSENT, 7), GONE, COMES_BACK], ids=["new", "discarded", "gone", "back"]
+)
 def test_state_is_stored_inert_when_all_went_in_order(holding: Holding) -> None:
     guard = Guard()
     step = receive(holding, None, PROPOSAL, guard=guard)
@@ -61,9 +64,10 @@ def test_same_offer_is_given_when_the_same_is_proposed_again() -> None:
         (Holding(Right.INERT, 7, OTHER_ID, "c"), "inert on this host already"),
         (Holding(Right.FROZEN, 7, MIGRATION_ID, "c"), "frozen on this host already"),
         (Holding(Right.ABSENT, 8), "has passed: 8"),
-        (Holding(Right.MOVED, 8, OTHER_ID, "c"), "has passed: 8"),
+        (Holding(Right.MOVED, 8, b"", "c"), "has passed: 8"),
+        (Holding(Right.MOVED, 7, OTHER_ID, "c"), "has not said yet"),
     ],
-    ids=["held", "inert", "frozen", "discarded", "moved"],
+    ids=["held", "inert", "frozen", "discarded", "moved", "released"],
 )
 def test_vtpm_is_declined_when_it_is_here_or_of_a_past_epoch(holding: Holding, why: str) -> None:
     step = receive(holding, None, PROPOSAL)

@@ -155,7 +155,20 @@ def test_release_is_said_again_when_the_destination_asks_again() -> None:
         with pytest.raises(MigrationError):
             source.receive(MOVED, None, "c", message)
     assert source.remind(MOVED, None) == Step(MOVED, None, release)
-    assert source.receive(MOVED, None, "b", mg.Activated(MIGRATION_ID)) == Step(MOVED, None)
+
+
+def test_move_is_over_when_its_destination_is_active() -> None:
+    source, over = Source(Guard()), Holding(Right.MOVED, 8, b"", "b")
+    assert source.receive(MOVED, None, "b", mg.Activated(MIGRATION_ID)) == Step(over, None)
+    for holding, peer, migration_id in (
+        (MOVED, "c", MIGRATION_ID),
+        (MOVED, "b", OTHER_ID),
+        (FROZEN, "b", MIGRATION_ID),
+    ):
+        assert source.receive(holding, None, peer, mg.Activated(migration_id)) == Step(holding, None)
+    assert source.remind(over, None) == Step(over, None)
+    aborted = (Send("b", mg.Aborted(MIGRATION_ID)),)
+    assert source.receive(over, None, "b", mg.Query(MIGRATION_ID, DIGEST)) == Step(over, None, aborted)
 
 
 def test_vtpm_goes_on_here_under_an_epoch_of_its_own_when_the_move_is_aborted() -> None:
