@@ -122,9 +122,11 @@ def verify(
     """
     try:
         read = x509.load_der_x509_certificate(certificate)
-        signer = next((one for one in authorities if _has_signed(one, read)), None)
-        if signer is None:
+        signers = [one for one in authorities if _has_signed(one, read)]
+        if not signers:
             raise AttestationError("no enrolment authority that is trusted here has signed the platform's certificate")
+        # An authority that was renewed is trusted twice, with one name and key.
+        signer = max(signers, key=lambda one: one.not_valid_after_utc)
         for one, whose in ((signer, "the enrolment authority's"), (read, "the platform's")):
             if not one.not_valid_before_utc <= now <= one.not_valid_after_utc:
                 raise AttestationError(

@@ -14,7 +14,14 @@ from cryptography.x509.oid import NameOID
 from tests.unit.migration.evidence_examples import AUTHORITY, AUTHORITY_KEY, NOW, certificate
 from tests.unit.tpm.attest_examples import ATTRIBUTES, KEY, public_area
 from vtpm.errors import AttestationError, UsageError
-from vtpm.migration.certificates import ATTESTATION_KEY_PURPOSE, PlatformKind, certify, new_authority, verify
+from vtpm.migration.certificates import (
+    ATTESTATION_KEY_PURPOSE,
+    AUTHORITY_LIFE,
+    PlatformKind,
+    certify,
+    new_authority,
+    verify,
+)
 from vtpm.tpm.attest import read_signing_key
 
 PURPOSE = x509.ExtendedKeyUsage([ATTESTATION_KEY_PURPOSE])
@@ -49,6 +56,14 @@ def test_name_and_kind_come_back_when_certified(kind: PlatformKind) -> None:
 def test_right_authority_is_found_when_there_are_several() -> None:
     other = new_authority("another", ec.derive_private_key(7, ec.SECP256R1()), NOW)
     assert verify(certificate(), [other, AUTHORITY], PUBLIC, NOW).name == "host-b"
+
+
+def test_certificate_holds_when_its_authority_was_renewed_and_the_old_one_is_still_trusted() -> None:
+    old = new_authority("enrolment of example.org", AUTHORITY_KEY, NOW - AUTHORITY_LIFE - timedelta(days=1))
+    for authorities in ([old, AUTHORITY], [AUTHORITY, old]):
+        assert verify(certificate(), authorities, PUBLIC, NOW).name == "host-b"
+    with pytest.raises(AttestationError, match="authority's certificate is valid from"):
+        verify(certificate(), [old], PUBLIC, NOW)
 
 
 @pytest.mark.parametrize(
