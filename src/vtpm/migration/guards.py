@@ -53,7 +53,7 @@ def proof_extra(channel: bytes, proposal: Propose, offer: Offer) -> bytes:
 
 
 class Guard:
-    """SourceGuard and DestinationGuard towards one peer. Blocks: a quote takes a TPM its time.
+    """SourceGuard and DestinationGuard for one vTPM towards one peer. Blocks: a quote takes a TPM its time.
 
     Args:
         attester: see Attester.

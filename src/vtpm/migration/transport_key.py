@@ -1,7 +1,8 @@
 """The key to which one attempt's state is encrypted: made for it by the destination, and gone with it. Pure.
 
 HPKE (RFC 9180) in base mode with X25519, HKDF-SHA256 and AES-256-GCM. Who the recipient is follows from the evidence
-that the offer's key is bound into; that the sender is the source, from the transcript, which has the source's evidence.
+that the offer's key is bound into. Who the sender is does not follow: the transcript is no secret, and whoever has
+seen it can encrypt to the key. That the state is the source's, the transport vouches for alone.
 """
 
 from __future__ import annotations
