@@ -44,6 +44,9 @@ class Port:
         self._on_message, self._on_damage, self._on_room, self._on_gone = on_message, on_damage, on_room, on_gone
         self._loop = asyncio.get_running_loop()
         self._open = True
+        # Whether it was congested since `on_room` was called last. Not asked of the stream where it is written to: what
+        # is sent meanwhile may take the last of it along.
+        self._was_congested = False
         self._loop.add_reader(fd, self._read)
 
     @property
@@ -65,6 +68,7 @@ class Port:
             _log.error("the other side of the port reads nothing")
             self._loop.call_soon(self._end)
         elif self._stream.want_write:
+            self._was_congested |= self.congested
             self._loop.add_writer(self._stream.fileno(), self._write)
 
     def close(self) -> None:
@@ -103,7 +107,6 @@ class Port:
             self._on_message(message)
 
     def _write(self) -> None:
-        was_congested = self.congested
         try:
             self._stream.flush()
         except OSError:
@@ -111,7 +114,8 @@ class Port:
             return
         if not self._stream.want_write:
             self._loop.remove_writer(self._stream.fileno())
-        if was_congested and not self.congested:
+        if self._was_congested and not self.congested:
+            self._was_congested = False
             self._on_room()
 
 
