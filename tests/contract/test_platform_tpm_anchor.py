@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -265,3 +266,28 @@ def test_what_was_defined_and_never_written_is_undefined_when_looking_for_indexe
     taken = platform._connection.run("list", lambda: taken_handles(platform._connection))
     assert handle not in taken
     assert blob.anchor_index.handle in taken
+
+
+def test_nothing_is_written_when_the_caller_waits_no_more(
+    tpm: Tpm, blob: SealedBlob, platform: PlatformTpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform.close()
+    answered, written = threading.Event(), []
+    policy_signed = ESAPI.policy_signed
+
+    def answer_late(self: ESAPI, *args: Any, **kwargs: Any) -> Any:
+        response = policy_signed(self, *args, **kwargs)
+        answered.wait()
+        return response
+
+    with PlatformTpm(tpm.tcti, timeout_s=2.0) as impatient:
+        anchor = impatient.open_anchor(blob, ROOT)
+        monkeypatch.setattr(ESAPI, "policy_signed", answer_late)
+        monkeypatch.setattr(ESAPI, "nv_write", lambda *_args, **_kwargs: written.append(True))
+        with pytest.raises(PlatformTpmError, match="no answer within 2 s"):
+            anchor.write(Anchor(1, DIGEST))
+        thread = next(found for found in threading.enumerate() if found.name == "platform-tpm")
+        answered.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not written

@@ -37,6 +37,11 @@ class BoundedThread:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody waits any more for the call that is under way."""
+        return self._stuck
+
     def run(self, call: Callable[[], ResultT], timeout_s: float) -> ResultT:
         """Run a call in the thread and return its result, or raise what it raises.
 

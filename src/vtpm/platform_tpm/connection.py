@@ -112,6 +112,15 @@ class Connection:
         self._disconnect()
         self._connect()
 
+    def refuse_late(self) -> None:
+        """Let a call do nothing more that lasts once its caller has given up: another connection may have by now.
+
+        Raises:
+            PlatformTpmError: its caller has.
+        """
+        if self._thread.given_up:
+            raise PlatformTpmError(f"the platform TPM {self.tcti!r} answered too late")
+
     def property(self, name: int) -> int:
         """Return a TPM_PT, 0 when the TPM has none such."""
         _, capability = self.esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, name, 1)

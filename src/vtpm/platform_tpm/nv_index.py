@@ -229,12 +229,15 @@ class IndexWriter:
             first: whether it was never written.
         Raises:
             TSS2_Exception: the TPM's refusal; this writer is of no more use.
+            PlatformTpmError: the caller waits no more; nothing was written.
         """
         cp_hash = write_cp_hash(index.name(written=not first), data)
         esapi = self._connection.esapi
         nonce = bytes(esapi.trsess_get_nonce_tpm(self._session))
         signature = self._authority.sign(nonce, cp_hash, index.policy_ref)
         esapi.policy_signed(self._key, self._session, signature, nonce, cp_hash, index.policy_ref, 0)
+        # What is signed now can be written later than what others sign, and would put an older content back.
+        self._connection.refuse_late()
         esapi.nv_write(handle, data, session1=self._session)
 
     def close(self) -> None:
