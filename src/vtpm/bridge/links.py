@@ -52,7 +52,14 @@ class Links:
             raise ProtocolError(f"{MAX_LINKS} manager links are open, which is the most")
         self._last += 1
         number = self._last
-        self._links[number] = _Link(number, end, self._send, self._congested, lambda: self._links.pop(number))
+        self._links[number] = _Link(
+            number,
+            end,
+            self._send,
+            self._congested,
+            on_read=lambda: self._put_last(number),
+            on_closed=lambda: self._links.pop(number),
+        )
 
     def skip(self, count: int) -> None:
         """Say of the next links that they are closed: nobody takes them."""
@@ -69,9 +76,15 @@ class Links:
             raise ProtocolError(f"the link {message.link} was never opened")
 
     def resume(self) -> None:
-        """Go on reading: the port is congested no more."""
+        """Go on reading: the port is congested no more. Whose turn was longest ago comes first.
+
+        Else some that send without end would fill the port again before the others are looked at, each time.
+        """
         for link in tuple(self._links.values()):
             link.look()
+
+    def _put_last(self, number: int) -> None:
+        self._links[number] = self._links.pop(number)
 
     def close(self) -> None:
         """Close all, and say nothing: the session is over."""
@@ -80,7 +93,7 @@ class Links:
 
 
 class _Link:
-    """One link. `on_closed` is called when nothing of it is left on this side."""
+    """One link. `on_read` is called when it has had its turn, `on_closed` when nothing of it is left on this side."""
 
     def __init__(
         self,
@@ -88,6 +101,8 @@ class _Link:
         end: socket.socket,
         send: Callable[[Message], None],
         congested: Callable[[], bool],
+        *,
+        on_read: Callable[[], object],
         on_closed: Callable[[], object],
     ) -> None:
         end.setblocking(False)
@@ -95,6 +110,7 @@ class _Link:
         self._end = end
         self._send = send
         self._congested = congested
+        self._on_read = on_read
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._may_send = WINDOW_BYTES
@@ -157,6 +173,7 @@ class _Link:
             self._end_here()
             return
         self._may_send -= len(data)
+        self._on_read()
         self._send(Data(self._number, data))
         self.look()
 

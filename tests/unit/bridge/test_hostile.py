@@ -324,6 +324,32 @@ def test_link_is_refused_when_as_many_as_there_may_be_are_open(monkeypatch: pyte
     assert MAX_LINKS > 1500
 
 
+def test_each_link_has_its_turn_when_some_of_them_fill_the_port_again_and_again() -> None:
+    async def test() -> None:
+        came: list[Message] = []
+        turns: set[int] = set()
+        links = Links(came.append, lambda: len(came) >= 2)
+        pairs = [socket.socketpair() for _ in range(6)]
+        for ours, theirs in pairs:
+            theirs.setblocking(False)
+            theirs.send(bytes(4 * CHUNK_BYTES))
+            links.open(ours)
+        for _ in range(len(pairs) // 2):
+            while len(came) < 2:
+                await asyncio.sleep(0)
+            # A round more, as a port takes to have room, in which all see that there is none.
+            await asyncio.sleep(0)
+            turns.update(message.link for message in came if isinstance(message, Data))
+            came.clear()
+            links.resume()
+        links.close()
+        assert len(turns) == len(pairs)
+        for _, theirs in pairs:
+            theirs.close()
+
+    run(test)
+
+
 def test_port_is_waited_for_when_the_hosts_end_is_not_open() -> None:
     async def test() -> None:
         ours, theirs = socket.socketpair()
