@@ -62,7 +62,6 @@ FRAMES_BURST, FRAMES_PER_S = 4000, 2000.0
 """How many frames are taken from one instance: more than it can have saved. Their borders are what is counted."""
 BYTES_BURST, BYTES_PER_S = 16 << 20, float(16 << 20)
 """How many bytes likewise: twice what saves without pause come to, unless a guest has filled its NV."""
-PAUSE_S = 0.25
 LOADS_BURST, LOADS_PER_S = 20, 1.0
 """How many loads are answered at once: a guest causes one with each reset. Then each waits for its turn."""
 _MAX_OUT_BYTES = 16 * 1024 * 1024
@@ -277,10 +276,11 @@ class InstanceLink:
                 self._out.popleft()
 
     def _pace(self, data: bytes) -> None:
-        """Leave a link alone for a while that sends without end: its siblings share this loop."""
-        if not (self._borders.take(data.count(END)) and self._bytes.take(len(data))):
+        """Leave a link alone for as long as it has sent too fast: its siblings share this loop."""
+        pause_s = max(self._borders.overdraw(data.count(END)), self._bytes.overdraw(len(data)))
+        if pause_s:
             self._loop.remove_reader(self._sock)
-            self._loop.call_later(PAUSE_S, self._resume)
+            self._loop.call_later(pause_s, self._resume)
 
     def _resume(self) -> None:
         if not self.closed and not self._condemned:

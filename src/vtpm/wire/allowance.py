@@ -25,12 +25,21 @@ class Allowance:
         self._left = float(burst)
         self._at = clock()
 
-    def take(self, count: int = 1) -> bool:
-        """Use so many up, if there are so many; say whether there were."""
+    def take(self) -> bool:
+        """Use one up, if there is one; say whether there was."""
+        self._fill()
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def overdraw(self, count: int) -> float:
+        """Use so many up, be there so many or not: it has happened. Return how many seconds that takes to fill up."""
+        self._fill()
+        self._left -= count
+        return max(0.0, -self._left / self._per_second)
+
+    def _fill(self) -> None:
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
         self._at = now
-        if self._left < count:
-            return False
-        self._left -= count
-        return True

@@ -136,20 +136,19 @@ def test_load_waits_for_its_turn_when_an_instance_loads_again_and_again(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("flood", "bytes_burst"),
-    [(b"\xc0", instance_link.BYTES_BURST), (b"x", 1000)],
-    ids=["borders alone", "a frame without end"],
+    ("flood", "name"), [(b"\xc0", "FRAMES"), (b"x", "BYTES")], ids=["borders alone", "a frame without end"]
 )
-def test_link_rests_when_bytes_come_without_end(
-    monkeypatch: pytest.MonkeyPatch, flood: bytes, bytes_burst: int
+def test_link_rests_for_as_long_as_it_has_sent_too_fast_when_bytes_come_without_end(
+    monkeypatch: pytest.MonkeyPatch, flood: bytes, name: str
 ) -> None:
-    monkeypatch.setattr(instance_link, "BYTES_BURST", bytes_burst)
-    monkeypatch.setattr(instance_link, "PAUSE_S", 0.5)
+    monkeypatch.setattr(instance_link, f"{name}_BURST", 1000)
+    monkeypatch.setattr(instance_link, f"{name}_PER_S", 50_000.0)
 
     async def attack(world: _World) -> None:
         began_s = time.monotonic()
         await asyncio.get_running_loop().sock_sendall(world.sock, flood * 65536)
         await world.taken("after it")
-        assert time.monotonic() - began_s >= instance_link.PAUSE_S
+        # At half the rate for borders, of which each frame has two.
+        assert time.monotonic() - began_s >= 0.5
 
     _run(attack)

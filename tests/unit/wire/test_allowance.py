@@ -15,6 +15,11 @@ def test_no_more_than_the_burst_is_given_when_asked_at_once() -> None:
     assert [allowance.take() for _ in range(4)] == [True, True, True, False]
 
 
-def test_nothing_is_used_up_when_more_is_asked_for_than_is_left() -> None:
-    allowance = Allowance(burst=3, per_second=0.5, clock=lambda: 100.0)
-    assert [allowance.take(4), allowance.take(2), allowance.take(2), allowance.take()] == [False, True, False, True]
+def test_what_was_used_beyond_what_was_left_is_owed_when_it_has_happened() -> None:
+    now = 100.0
+    allowance = Allowance(burst=3, per_second=0.5, clock=lambda: now)
+    assert [allowance.overdraw(2), allowance.overdraw(1), allowance.overdraw(4), allowance.take()] == [0, 0, 8, False]
+    now += 6.0
+    assert allowance.overdraw(2) == 6
+    now += 8.0
+    assert [allowance.take(), allowance.take()] == [True, False]
