@@ -161,7 +161,15 @@ class PacketStream:
         if len(self._queue) >= MAX_QUEUED_PACKETS:
             self.close("it does not read what it is sent")
             return
-        self._queue.append((packet, tuple(os.dup(fd) for fd in fds)))
+        kept: list[int] = []
+        try:
+            kept.extend(map(os.dup, fds))
+        except OSError as error:
+            # Out of descriptors. Without these the packet would be another one, and leaving it out would go unseen.
+            close_fds(kept)
+            self.close(f"a packet cannot be kept for it: {error.strerror}")
+            return
+        self._queue.append((packet, tuple(kept)))
         self._loop.add_writer(self._connection, self._write)
 
     def close(self, reason: str) -> None:

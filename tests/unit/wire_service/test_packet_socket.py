@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -576,3 +577,31 @@ def test_handler_that_was_just_begun_closes_its_descriptors_when_the_server_clos
                 assert tested.ended.is_set()
 
     run(test)
+
+
+def test_peer_is_cut_off_when_there_are_no_descriptors_left_to_keep_its_packet(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ended: list[str] = []
+        kept: list[int] = []
+
+        def dup(fd: int) -> int:
+            if kept:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            kept.append(real(fd))
+            return kept[0]
+
+        with theirs:
+            stream = packet_stream.PacketStream(ours, lambda _packet, _fds: None, ended.append)
+            while not stream._queue:
+                stream.send(bytes(60_000))
+            real = os.dup
+            monkeypatch.setattr(os, "dup", dup)
+            stream.send(b"x", (theirs.fileno(), theirs.fileno()))
+            assert len(ended) == 1
+            assert "Too many open files" in ended[0]
+            assert not stream.is_open
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(kept[0])
+
+    asyncio.run(test())
