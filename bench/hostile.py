@@ -18,6 +18,7 @@ from tests.support.hostile.siblings import Siblings, Waits
 
 from bench.figures import percentile
 from bench.flood import P99_LIMIT_US, RATIO_LIMIT
+from vtpm.client.manager_client import ManagerClient
 from vtpm.tpm.types import StateKind, TpmVersion
 from vtpm.wire.api import DomainName
 
@@ -73,15 +74,21 @@ def hostile() -> list[Hostile]:
         images = build_hostile(Path(work))
         settings = f'vm_accelerator = "tcg"\nvm_images = "{images}"\n'
         with Host(settings=settings) as host, host.client() as client, Siblings(host) as siblings:
-            client.create("hostile", TpmVersion.V2_0, DomainName.QEMU)
-            with Attacker(data_socket(client.start("hostile").tcti)) as attacker:
-                attacker.order("load")
-                for kind in (StateKind.PERMANENT, StateKind.VOLATILE):
-                    attacker.order("save", int(kind), "c0", STATE_BYTES)
-                _use(siblings, TURN_S / 2)
-                rows = [_beside(siblings, attacker, name) for name in FLOODS]
-            client.stop("hostile")
+            _use(siblings, TURN_S / 2)
+            # One attacker for each: what a link owes for one flood would be paid in the next.
+            rows = [_attacked(client, siblings, f"hostile{number}", name) for number, name in enumerate(FLOODS)]
     return rows
+
+
+def _attacked(client: ManagerClient, siblings: Siblings, vtpm: str, flood: str) -> Hostile:
+    client.create(vtpm, TpmVersion.V2_0, DomainName.QEMU)
+    with Attacker(data_socket(client.start(vtpm).tcti)) as attacker:
+        attacker.order("load")
+        for kind in (StateKind.PERMANENT, StateKind.VOLATILE):
+            attacker.order("save", int(kind), "c0", STATE_BYTES)
+        row = _beside(siblings, attacker, flood)
+    client.stop(vtpm, force=True)
+    return row
 
 
 def _beside(siblings: Siblings, attacker: Attacker, name: str) -> Hostile:
