@@ -15,6 +15,7 @@ from vtpm.migration.holding import NOWHERE, Holding, Right
 from vtpm.migration.steps import MigrationError, Send, Step
 from vtpm.migration.transcript import proposal_digest, state_digest, transcript_digest
 from vtpm.wire.migration import (
+    ID_BYTES,
     Aborted,
     Activated,
     Ask,
@@ -113,7 +114,7 @@ class Destination:
             return Step(holding, session, (Send(peer, session.offer),))
         try:
             _check_vacant(holding, peer, proposal)
-            offer = self._guard.offer(peer, proposal, fresh[:16], fresh[16:])
+            offer = self._guard.offer(peer, proposal, fresh[:ID_BYTES], fresh[ID_BYTES:])
         except VtpmError as error:
             return Step(holding, session, (Send(peer, Decline(proposal_digest(proposal), error.message)),))
         return Step(holding, Incoming(peer, proposal, offer), (Send(peer, offer),))

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from vtpm.errors import NotFoundError, UsageError
+from vtpm.tpm.event_log import PCR_COUNT
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 
 MAX_POLICY_BYTES = 1024 * 1024
-_PCR_COUNT = 24
 # As for the settings services_pcr and launch_pcr. Source: TCG PC Client Platform TPM Profile, initial and reset values.
 _FOR_SERVICES = range(1, 16)
 _FOR_IMAGES = range(8, 16)
@@ -145,7 +145,7 @@ def _pcr(value: object, usable: range) -> int:
 
 def _pcr_named(text: str) -> int:
     if not re.fullmatch(r"[0-9]|1[0-9]|2[0-3]", text):
-        raise UsageError(f"{text[:32]!r} is no PCR from 0 to {_PCR_COUNT - 1}")
+        raise UsageError(f"{text[:32]!r} is no PCR from 0 to {PCR_COUNT - 1}")
     if int(text) in _RESETTABLE:
         raise UsageError(f"PCR {text} proves nothing: whatever runs can reset it")
     return int(text)

@@ -17,7 +17,6 @@ from vtpm.measurement.record import predict
 from vtpm.migration.certificates import CertifiedPlatform, PlatformKind, verify
 from vtpm.migration.policy import PlatformPolicy
 from vtpm.tpm.attest import read_quote, read_signing_key, verify_signature
-from vtpm.tpm.hash_algorithms import HashAlgorithm
 from vtpm.tpm.launch_log import decode
 from vtpm.wire.evidence import Evidence
 
@@ -85,7 +84,7 @@ def _check_services(name: str, evidence: Evidence, policy: PlatformPolicy) -> No
 
 def _check_launches(name: str, evidence: Evidence, policy: PlatformPolicy, reset_count: int) -> None:
     try:
-        log = decode(evidence.launch_log, HashAlgorithm(policy.bank), policy.images_pcr)
+        log = decode(evidence.launch_log, policy.bank, policy.images_pcr)
     except ProtocolError as error:
         raise AttestationError(f"the launch log of {name} cannot be read: {error.message}") from error
     if log.reset_count != reset_count:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from vtpm.errors import AttestationError
+from vtpm.tpm.event_log import PCR_COUNT
 from vtpm.tpm.hash_algorithms import BY_IDENTIFIER, HashAlgorithm
 
 MAX_ATTEST_BYTES = 2048
@@ -37,7 +38,6 @@ _ECC_NIST_P256 = 0x0003
 _COORDINATE_BYTES = 32
 _MAX_NAME_BYTES = 66
 _MAX_DIGEST_BYTES = 64
-_PCR_COUNT = 24
 
 # TPMA_OBJECT. Spec: Part 2, 8.3.2.
 _FIXED_TPM = 1 << 1
@@ -254,7 +254,7 @@ def _read_common(reader: _Reader, kind: int) -> Attested:
 def _read_selection(reader: _Reader) -> tuple[HashAlgorithm, tuple[int, ...]]:
     algorithm = BY_IDENTIFIER.get(identifier := reader.number(2))
     size = reader.number(1)
-    if algorithm is None or size > _PCR_COUNT // 8:
+    if algorithm is None or size > PCR_COUNT // 8:
         raise AttestationError(f"the quote is over bank 0x{identifier:04x} with {size} bytes of PCRs")
     bits = int.from_bytes(reader.take(size), "little")
     return algorithm, tuple(index for index in range(8 * size) if bits >> index & 1)

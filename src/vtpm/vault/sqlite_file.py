@@ -122,8 +122,8 @@ CREATE TABLE event (
 """
 
 
-# Holds nothing of its own, so it belongs to no schema version: a database that lacks it gets it when it is opened.
 _SELECT_SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+# Holds nothing of its own, so it belongs to no schema version: a database that lacks it gets it when it is opened.
 _OWNER_INDEX = "CREATE INDEX IF NOT EXISTS vtpm_by_owner ON vtpm (owner_uid, name)"
 
 

@@ -26,10 +26,10 @@ from vtpm.vault.store import Store
 T = TypeVar("T")
 
 ANSWER_TIMEOUT_S = 10.0
+"""Bound on waiting for the store's thread in `open_vtpm` and `load`."""
 LOAD_PATIENCE_S = 4.0
 """How long the anchor is given when state is taken: what is had once is gone then, so giving up early would lose it. An
 instance waits a second longer."""
-"""Bound on waiting for the store's thread in `open_vtpm` and `load`."""
 
 
 @dataclass(frozen=True)

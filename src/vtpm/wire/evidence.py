@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vtpm.errors import ProtocolError
 from vtpm.tpm.attest import MAX_ATTEST_BYTES
+from vtpm.tpm.event_log import PCR_COUNT
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 from vtpm.wire.fields import Field, choice, read_fields, rest, sized, write_fields
 
@@ -20,7 +21,6 @@ MAX_CERTIFICATE_BYTES = 8 * 1024
 MAX_SERVICES = 100
 MAX_LAUNCH_LOG_BYTES = 256 * 1024
 MAX_BODY_BYTES = 512 * 1024
-PCR_COUNT = 24
 _MEASUREMENT_BYTES = 32
 # No SHA-1: a collision in it forges a boot.
 _BANKS = {bank: bank.identifier for bank in (HashAlgorithm.SHA256, HashAlgorithm.SHA384)}

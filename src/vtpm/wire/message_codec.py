@@ -1,7 +1,8 @@
 """Bodies of frames as messages: one codec for the links whose messages are tables of fields. Pure.
 
 A body is u8 version, u8 type, u16 zero, u32 number, fields; big-endian. What the number counts is the link's to say; a
-message has it where its class has the attribute, and zero stands for none. For the manager link and the guest port.
+message has it where its class has the attribute, and zero stands for none. For the links' and ports' codecs and that
+of migration.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Numbered:
 
     attribute: str
     noun: str
+
+
+UNNUMBERED = Numbered("", "number")
+"""No message has one."""
 
 
 class MessageCodec(Generic[M]):

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from vtpm.wire.fields import Field, choice, fixed, number, rest, sized, text, uuid
-from vtpm.wire.message_codec import HEADER, Layout, MessageCodec, Numbered
+from vtpm.wire.message_codec import HEADER, UNNUMBERED, Layout, MessageCodec
 
 MIGRATION_VERSION = 1
 ID_BYTES = 16
@@ -198,9 +198,7 @@ _LAYOUTS: Mapping[type[Any], Layout] = {
     Aborted: _from_source(0x0C, migration_id=_ID),
 }
 
-_CODEC = MessageCodec[MigrationMessage](
-    "a migration message", MIGRATION_VERSION, MAX_BODY_BYTES, Numbered("number", "number"), _LAYOUTS
-)
+_CODEC = MessageCodec[MigrationMessage]("a migration message", MIGRATION_VERSION, MAX_BODY_BYTES, UNNUMBERED, _LAYOUTS)
 
 
 def encode_message(message: MigrationMessage) -> bytes:

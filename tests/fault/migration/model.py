@@ -7,7 +7,6 @@ offers and writes there are, which makes the world finite; within that every rea
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -322,4 +321,4 @@ def explore(mode: wire.Mode, bounds: Bounds, count_depth: int) -> Explored:
     for _ in range(count_depth):
         counts = [1 + sum(counts[number] for number in after) for after in follow]
     found.schedules = counts[0]
-    return dataclasses.replace(found)
+    return found

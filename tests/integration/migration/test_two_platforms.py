@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from tests.support.swtpm import SwtpmPlatform, booted_platform
+from tests.support.swtpm import booted_platform
 from tests.unit.wire.migration_examples import MIGRATION_ID, NONCE, VM_ID, VTPM_ID
 from vtpm.errors import AttestationError
 from vtpm.measurement.record import event_digest
@@ -68,7 +68,7 @@ class Attester:
         verify_evidence(decode_evidence(evidence), extra, self.policy, [AUTHORITY], NOW)
 
 
-def enrolled(name: str, platform: SwtpmPlatform, tpm: PlatformTpm) -> Attester:
+def enrolled(name: str, tpm: PlatformTpm) -> Attester:
     tpm.extend(13, PcrBank.SHA256, event_digest("sha256", SERVICES))
     tpm.extend(12, PcrBank.SHA256, Launch("qemu", IMAGE).digest(HashAlgorithm.SHA256))
     key = read_signing_key(tpm.identity().attestation)
@@ -93,7 +93,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Attester, Attester]]
         PlatformTpm(a.tcti) as tpm_a,
         PlatformTpm(b.tcti) as tpm_b,
     ):
-        yield enrolled("a", a, tpm_a), enrolled("b", b, tpm_b)
+        yield enrolled("a", tpm_a), enrolled("b", tpm_b)
 
 
 class Attempt:
