@@ -98,7 +98,6 @@ class AnchorIndex:
         self._generation = -1
         self._handle: Any = None
         self._reader: Any = None
-        self._last = known[0] if known else FIRST_ANCHOR
         self._known = known
         self._shared = shared
         self._connection.run("open the anchor", self._establish)
@@ -128,6 +127,10 @@ class AnchorIndex:
     def known(self) -> tuple[Anchor, ...]:
         """What the TPM can hold unless others write it: two where a write was not answered, the older first."""
         return self._known
+
+    @property
+    def _last(self) -> Anchor:
+        return self._known[0] if self._known else FIRST_ANCHOR
 
     def read(self) -> Anchor:
         """Return what the TPM holds, in an answer that only the TPM can have made.
@@ -180,7 +183,7 @@ class AnchorIndex:
             self._refuse_others()
         self._known = (self._last, anchor)
         self._writer.write(self._handle, self._index, anchor.to_bytes())
-        self._last, self._known = anchor, (anchor,)
+        self._known = (anchor,)
 
     def _come_back(self, error: TSS2_Exception) -> None:
         """Load everything anew after a failed command, or raise what it failed with."""
@@ -193,9 +196,6 @@ class AnchorIndex:
     def _establish(self) -> None:
         self._drop()
         self._writer = IndexWriter(self._connection, self._authority, self._srk_name)
-        if self._shared:
-            with self._connection.storage_primary(self._srk_name) as (srk, _):
-                self._reader = self._connection.start_session(srk, TPM2_SE.HMAC, 0)
         self._generation = self._connection.generation
         self._check()
 
@@ -205,10 +205,13 @@ class AnchorIndex:
         self._handle = nv_index.locate(connection, self._index.ref, _TITLE)
         with connection.storage_primary(self._srk_name) as (srk, _):
             connection.note_reset(srk)
+            if self._shared and self._writer is not None and self._reader is None:
+                # Kept, so that a write need not make the primary key again to read first.
+                self._reader = connection.start_session(srk, TPM2_SE.HMAC, 0)
             with connection.session(srk, TPM2_SE.HMAC, 0) as session:
                 found = self._held(session)
         self._refuse_unknown(found)
-        self._last, self._known = found, (found,)
+        self._known = (found,)
 
     def _refuse_others(self) -> None:
         if self._held(self._reader) not in self._known:
