@@ -76,7 +76,7 @@ class Attempts:
             self.none += not found
             assert killed or found
             for vtpm in found:
-                # Each import that came to pass took an epoch, deleted since or not; those of which nothing is left took none.
+                # Each import that came to pass took an epoch, deleted since or not; the others took none.
                 assert (vtpm.name, vtpm.uuid, vtpm.epoch) == ("web1", self._before.uuid, 1 + self.whole)
                 assert looked_at(client, "web1") == (VALUE, self._ek)
                 client.delete("web1")

@@ -39,7 +39,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 @pytest.mark.parametrize(
     ("module", "constant", "words"),
     [
-        (sqlite_file, "SCHEMA_VERSION", "has schema version 5; this program knows 4"),
+        (sqlite_file, "SCHEMA_VERSION", "has schema version 6; this program knows 5"),
         (root_record, "FORMAT_VERSION", "has a root record of format version 2; this program reads 1"),
     ],
     ids=["schema", "root record"],
@@ -118,7 +118,7 @@ def test_host_says_so_and_serves_again_when_store_and_root_file_are_of_a_newer_v
         host.shut_down()
         store, root_file = host.state_dir / "vault" / "vtpm.db", host.state_dir / "keeper" / "root.sealed"
         good = root_file.read_bytes()
-        _set_schema(store, 5)
+        _set_schema(store, 6)
         root_file.write_bytes(good.replace(b'"version":2', b'"version":3'))
         assert json.loads(root_file.read_bytes())["version"] == 3
         host.start()
@@ -129,12 +129,12 @@ def test_host_says_so_and_serves_again_when_store_and_root_file_are_of_a_newer_v
         root_file.write_bytes(good)
         before = store.read_bytes()
         host.start()
-        with pytest.raises(StateError, match="has schema version 5; this program knows 4"):
+        with pytest.raises(StateError, match="has schema version 6; this program knows 5"):
             client.start("web")
         assert "The vault is not open" in host.cli("status").stdout
         host.shut_down()
         assert store.read_bytes() == before
-        _set_schema(store, 4)
+        _set_schema(store, 5)
         host.start()
         client.start("web")
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from vtpm.migration.holding import NOWHERE, Holding, Right
 from vtpm.migration.steps import MigrationError, Send, Step
 from vtpm.migration.transcript import proposal_digest, state_digest, transcript_digest
+from vtpm.vault.holding import NOWHERE, Holding, Right
 from vtpm.wire.migration import (
     Aborted,
     Activated,

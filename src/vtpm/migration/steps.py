@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from vtpm.errors import ConflictError
-from vtpm.migration.holding import Holding
+from vtpm.vault.holding import Holding
 from vtpm.wire.migration import MigrationMessage
 
 S = TypeVar("S")

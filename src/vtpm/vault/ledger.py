@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 from vtpm.errors import StoreError
 from vtpm.secret import Secret
 from vtpm.vault.entries import NO_EVENTS, next_events_head
-from vtpm.vault.merkle import EMPTY_LEAF, POLICY_SLOT, MerkleTree
+from vtpm.vault.merkle import EMPTY_LEAF, VTPM_SLOTS, MerkleTree
 from vtpm.vault.records import Event
 from vtpm.vault.root_record import NOTHING_ANCHORED, AnchorValue, RootRecord, edited, key_id_of
 
@@ -35,7 +35,7 @@ class Ledger:
     Args:
         name: of the store, for messages.
         record: as it was read and verified.
-        leaves: of all vTPMs by slot, and of the launch policy in POLICY_SLOT, made from the rows.
+        leaves: of all vTPMs by slot, and of launch policy and holdings in theirs, made from the rows.
         base: what the platform TPM has.
     Raises:
         StateError: the rows are not those that the record stands for.
@@ -47,7 +47,7 @@ class Ledger:
         self._tree = MerkleTree(leaves)
         if self._tree.root != record.tree:
             raise edited(name, "its rows are not those that its root record stands for")
-        taken = leaves.keys() - {POLICY_SLOT}
+        taken = {slot for slot in leaves if slot < VTPM_SLOTS}
         self._end = max(taken, default=-1) + 1
         self._holes = sorted(set(range(self._end)) - taken)
         self._base = self._attempted = base
@@ -60,8 +60,8 @@ class Ledger:
         """Return the lowest slot that no vTPM has. Raises StoreError: there is none."""
         if self._holes:
             return self._holes[0]
-        if self._end == POLICY_SLOT:
-            raise StoreError(f"{self._name} is full: it holds {POLICY_SLOT} vTPMs")
+        if self._end == VTPM_SLOTS:
+            raise StoreError(f"{self._name} is full: it holds {VTPM_SLOTS} vTPMs")
         return self._end
 
     def set_ancestors(self, base: AnchorValue, attempted: AnchorValue) -> None:
@@ -92,7 +92,7 @@ class Ledger:
         self.record = draft.record
         self._tree.adopt(draft.nodes)
         for slot, leaf in draft.leaves.items():
-            if slot == POLICY_SLOT:
+            if slot >= VTPM_SLOTS:
                 continue
             if leaf == EMPTY_LEAF:
                 heapq.heappush(self._holes, slot)

@@ -13,6 +13,10 @@ DEPTH = 20
 MAX_SLOTS = 1 << DEPTH
 POLICY_SLOT = MAX_SLOTS - 1
 """Slot of the launch policy, which no vTPM gets."""
+HOLDINGS_SLOT = MAX_SLOTS - 2
+"""Slot of the holdings, which no vTPM gets."""
+VTPM_SLOTS = MAX_SLOTS - 2
+"""How many slots there are for vTPMs: all below the two."""
 EMPTY_LEAF = bytes(32)
 """Stands in a slot that no vTPM has; no SHA-256 is known to give it."""
 

@@ -31,12 +31,19 @@ from vtpm.vault.records import (
     valid_name,
 )
 
-_MOVING = frozenset({"frozen", "moved"})
-"""The manager's words for states of a migration; their loss would give the right to run back."""
+FROZEN = "frozen"
+INERT = "inert"
+STOPPED = "stopped"
+_MOVING = frozenset({FROZEN, INERT})
+"""Words for a vTPM that another host may run. Only a change of its holding gives or takes them."""
 
 
-def check_new_record(record: VtpmRecord, states: Sequence[SavedState] = ()) -> None:
-    """Raise UsageError unless this is a record that a new vTPM may begin with, and these its first states."""
+def check_new_record(record: VtpmRecord, states: Sequence[SavedState] = (), *, moving: bool = False) -> None:
+    """Raise UsageError unless this is a record that a new vTPM may begin with, and these its first states.
+
+    Args:
+        moving: whether it comes from another host, and may have volatile state of this very moment with it.
+    """
     valid_name(record.name)
     check_word(record.lifecycle)
     if record.wrapped_key is not None:
@@ -50,19 +57,20 @@ def check_new_record(record: VtpmRecord, states: Sequence[SavedState] = ()) -> N
     if record.instance_id is not None or record.engine_version:
         raise UsageError(f"vTPM {record.name}: a new one has no instance")
     if states:
-        _check_first_states(record, states)
+        _check_first_states(record, states, volatile=moving)
     elif (record.permit, record.state_version) != (Permit(), 0):
         raise UsageError(f"vTPM {record.name}: a new one without saved state has an open permit and version 0")
 
 
-def _check_first_states(record: VtpmRecord, states: Sequence[SavedState]) -> None:
+def _check_first_states(record: VtpmRecord, states: Sequence[SavedState], *, volatile: bool) -> None:
     permit_id = record.permit.permit_id
     if record.permit.state is not PermitState.CONSUMED or permit_id is None or len(permit_id) != PERMIT_BYTES:
         raise UsageError(f"vTPM {record.name}: one that begins with saved state has a permit that was used")
     if not 1 <= record.state_version <= MAX_COUNTER:
         raise UsageError(f"vTPM {record.name}: state version {record.state_version} is out of bounds")
     kinds = [state.kind for state in states]
-    if len(set(kinds)) != len(kinds) or StateKind.PERMANENT not in kinds or StateKind.VOLATILE in kinds:
+    passing = StateKind.VOLATILE in kinds and not volatile
+    if len(set(kinds)) != len(kinds) or StateKind.PERMANENT not in kinds or passing:
         raise UsageError(f"vTPM {record.name}: it begins with permanent state, each kind once, and none that passes")
     for state in states:
         belongs = (state.vtpm_id, state.epoch) == (record.id, record.epoch)
@@ -80,9 +88,19 @@ def check_word(word: str) -> None:
         raise UsageError(f"{word[:80]!r} is not a word of 1 to {MAX_WORD_CHARS} ASCII characters")
 
 
-def decides_who_runs(word: str) -> bool:
-    """Tell whether this life cycle state says that another host has, or may get, the right to run the vTPM."""
-    return word in _MOVING
+def check_may_run(record: VtpmRecord) -> None:
+    """Raise ConflictError when another host has the right to run the vTPM, or may have it."""
+    if record.lifecycle in _MOVING:
+        raise ConflictError(
+            f"vTPM {record.name} is {record.lifecycle}: it is on its way from or to another host",
+            next_step="See vtpm migrate --status",
+        )
+
+
+def check_no_move(word: str) -> None:
+    """Raise ConflictError when this word of a vTPM's life is one that only a change of its holding gives."""
+    if word in _MOVING:
+        raise ConflictError(f"a vTPM becomes {word} by a migration alone")
 
 
 def check_wrapped_key(wrapped_key: bytes) -> None:

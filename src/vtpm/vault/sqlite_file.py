@@ -20,7 +20,7 @@ from vtpm.errors import StateError, StoreError
 
 DATABASE_NAME = "vtpm.db"
 APPLICATION_ID = 0x7674706D
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 POLICY_SCHEMA = """
 CREATE TABLE launch_image (
     kind TEXT NOT NULL,
@@ -33,14 +33,28 @@ CREATE TABLE launch_image (
 ) STRICT
 """
 """What version 2 has not; a store of version 2 gets it with its first image."""
+HOLDINGS_SCHEMA = """
+CREATE TABLE holding (
+    vtpm_id BLOB PRIMARY KEY CHECK (length(vtpm_id) = 16),
+    name TEXT NOT NULL,
+    standing TEXT NOT NULL CHECK (standing IN ('absent', 'held', 'frozen', 'moved', 'inert')),
+    epoch INTEGER NOT NULL CHECK (epoch >= 0),
+    migration_id BLOB NOT NULL,
+    peer TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    mode INTEGER NOT NULL CHECK (mode BETWEEN 1 AND 3)
+) STRICT
+"""
+"""What versions before 5 have not; a store of theirs gets it with the first move of a vTPM."""
 DOMAINS_OF_3 = frozenset({"process", "qemu", "xen"})
-"""What versions 2 and 3 have as `domain`; a store of theirs becomes one of version 4 with its first other vTPM."""
+"""What versions 2 and 3 have as `domain`; a store of theirs becomes one of this version with its first other vTPM."""
 SYNCHRONOUS = "FULL"
 """Each commit flushes the write-ahead log before it returns; what "answered means durable" rests on."""
 
 _UNANCHORED_SCHEMA = 1
 _WITHOUT_POLICY = 2
 _WITHOUT_MAKES = 3
+_WITHOUT_HOLDINGS = 4
 _FILE_MAGIC = b"SQLite format 3\0"
 _FILE_HEADER_BYTES = 100
 _APPLICATION_ID_OFFSET = 68
@@ -293,7 +307,7 @@ def _create(directory: Path, first_record: Callable[[], bytes]) -> None:
     with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute("PRAGMA journal_mode=WAL")
-        db.executescript(f"BEGIN; {_SCHEMA}{POLICY_SCHEMA};")
+        db.executescript(f"BEGIN; {_SCHEMA}{POLICY_SCHEMA};{HOLDINGS_SCHEMA};")
         db.execute(_OWNER_INDEX)
         db.execute("INSERT INTO vault_schema (one, version) VALUES (1, ?)", (SCHEMA_VERSION,))
         db.execute("INSERT INTO root (one, record) VALUES (1, ?)", (record,))
@@ -396,7 +410,7 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
             f" {_WITHOUT_POLICY} to {SCHEMA_VERSION}",
             next_step="Use the program that wrote it, or move its directory away and begin anew.",
         )
-    if version not in (_WITHOUT_POLICY, _WITHOUT_MAKES, SCHEMA_VERSION):
+    if version not in (_WITHOUT_POLICY, _WITHOUT_MAKES, _WITHOUT_HOLDINGS, SCHEMA_VERSION):
         raise damaged(path, f"its schema version is {version}")
     _check_made_here(db, path, version)
 
@@ -404,7 +418,9 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
 def _check_made_here(db: sqlite3.Connection, path: Path, version: int) -> None:
     """Refuse what the root record does not cover and SQLite obeys: a trigger's rows would be signed as our own."""
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
-        made.executescript(_SCHEMA + ("" if version == _WITHOUT_POLICY else POLICY_SCHEMA))
+        made.executescript(_SCHEMA + ("" if version == _WITHOUT_POLICY else f"{POLICY_SCHEMA};"))
+        if version == SCHEMA_VERSION:
+            made.executescript(HOLDINGS_SCHEMA)
         least = set(made.execute(_SELECT_SCHEMA))
         made.execute(_OWNER_INDEX)
         most = set(made.execute(_SELECT_SCHEMA))

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
 from vtpm.vault.entries import StateEntry, microseconds
+from vtpm.vault.holding import Holding, KnownVtpm, Right
 from vtpm.vault.launch_policy import ImageState, LaunchImage
 from vtpm.vault.records import (
     DomainKind,
@@ -21,6 +22,7 @@ from vtpm.vault.records import (
     SaveMark,
     VtpmRecord,
 )
+from vtpm.wire.migration import Mode
 
 SELECT_RECORDS = (
     "SELECT id, name, owner_uid, owner_gid, vm_uuid, tpm_version, domain, created_at_us, epoch, lifecycle,"
@@ -56,6 +58,11 @@ REPLACE_IMAGE = (
     "INSERT INTO launch_image (kind, measurement, label, engine_version, state, changed_at_us)"
     " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (kind, measurement) DO UPDATE SET label = excluded.label,"
     " engine_version = excluded.engine_version, state = excluded.state, changed_at_us = excluded.changed_at_us"
+)
+SELECT_HOLDINGS = "SELECT vtpm_id, name, standing, epoch, migration_id, peer, digest, mode FROM holding"
+REPLACE_HOLDING = (
+    "INSERT OR REPLACE INTO holding (vtpm_id, name, standing, epoch, migration_id, peer, digest, mode)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -151,6 +158,28 @@ def image_values_of(image: LaunchImage) -> Row:
     """Return the values for REPLACE_IMAGE."""
     when_us = microseconds(image.changed_at)
     return (image.kind, image.measurement, image.label, image.engine_version, str(image.state), when_us)
+
+
+def known_of(row: Row) -> KnownVtpm:
+    """Return what is held in a row of SELECT_HOLDINGS."""
+    vtpm_id, name, right, epoch, migration_id, peer, digest, mode = row
+    holding = Holding(Right(right), epoch, migration_id, peer, digest, Mode(mode))
+    return KnownVtpm(VtpmId(UUID(bytes=vtpm_id)), name, holding)
+
+
+def known_values_of(known: KnownVtpm) -> Row:
+    """Return the values for REPLACE_HOLDING."""
+    holding = known.holding
+    return (
+        known.vtpm_id.bytes,
+        known.name,
+        holding.right.value,
+        holding.epoch,
+        holding.migration_id,
+        holding.peer,
+        holding.digest,
+        holding.mode.value,
+    )
 
 
 def _time(time_us: int) -> datetime:

@@ -15,7 +15,8 @@ from vtpm.errors import ConflictError, UsageError, VtpmError
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.anchor import AnchorKeeper
-from vtpm.vault.entries import NO_EVENTS, StateEntry, envelope_digest
+from vtpm.vault.entries import NO_EVENTS, envelope_digest
+from vtpm.vault.holding import Holding, KnownVtpm, Right
 from vtpm.vault.launch_policy import LaunchImage, check_image
 from vtpm.vault.ledger import check_event_follows
 from vtpm.vault.records import (
@@ -35,20 +36,22 @@ from vtpm.vault.root_record import AnchorValue, edited
 from vtpm.vault.rules import (
     check_bound,
     check_engine_version,
+    check_may_run,
     check_never_saved,
     check_new_record,
+    check_no_move,
     check_save,
     check_save_bounds,
     check_word,
     check_wrapped_key,
-    decides_who_runs,
     is_replay,
 )
-from vtpm.vault.sqlite_anchored import AnchoredDatabase, Change, Stored, find_images, find_mark
+from vtpm.vault.sqlite_anchored import AnchoredDatabase
+from vtpm.vault.sqlite_change import Change, Stored, find_holdings, find_images, find_mark, put_state
+from vtpm.vault.sqlite_moves import begin_anew, forget_deleted, held_now, move
 from vtpm.vault.sqlite_rows import (
     INSERT_RECORD,
     REPLACE_MARK,
-    REPLACE_STATE,
     SELECT_EVENTS,
     SELECT_EVENTS_HEAD,
     SELECT_RECORDS,
@@ -122,16 +125,11 @@ class SqliteStore:
         max_owned: int | None = None,
     ) -> None:
         check_new_record(record, states)
+        check_no_move(record.lifecycle)
         with self._file.changing(event, prompt=True) as change:
             db = change.db
-            same = db.execute("SELECT name FROM vtpm WHERE id = ?", (record.id.bytes,)).fetchone()
-            if same:
-                raise ConflictError(
-                    f"vTPM {same[0]} has the uuid {record.id} already",
-                    next_step="It is here: keep it, or delete it first.",
-                )
-            if db.execute("SELECT 1 FROM vtpm WHERE name = ?", (record.name,)).fetchone():
-                raise ConflictError(f"a vTPM {record.name} exists already", next_step="Choose another name.")
+            change.check_vacant(record)
+            begin_anew(change, record)
             if max_owned is not None:
                 (owned,) = db.execute("SELECT COUNT(*) FROM vtpm WHERE owner_uid = ?", (record.owner_uid,)).fetchone()
                 if owned >= max_owned:
@@ -142,7 +140,7 @@ class SqliteStore:
             change.check_domain(record.domain)
             db.execute(INSERT_RECORD, values_of(record, change.new_slot(record.id)))
             for state in states:
-                self._put_state(db, state)
+                put_state(db, state)
 
     def get_vtpm(self, vtpm_id: VtpmId) -> VtpmRecord:
         with self._file.reading() as db:
@@ -175,9 +173,10 @@ class SqliteStore:
         self, vtpm_id: VtpmId, lifecycle: str, *, expected: str | None = None, event: Event | None = None
     ) -> None:
         check_word(lifecycle)
+        check_no_move(lifecycle)
         with self._file.changing(event) as change:
             record = change.vtpm(vtpm_id)
-            change.prompt = decides_who_runs(lifecycle) or decides_who_runs(record.lifecycle)
+            check_may_run(record)
             if expected is not None and record.lifecycle != expected:
                 raise ConflictError(f"vTPM {record.name} is {record.lifecycle}, not {expected}")
             change.db.execute("UPDATE vtpm SET lifecycle = ? WHERE id = ?", (lifecycle, vtpm_id.bytes))
@@ -197,10 +196,32 @@ class SqliteStore:
             record = change.vtpm(vtpm_id)
             if record.instance_id is not None:
                 raise ConflictError(f"vTPM {record.name} has an instance", next_step="Stop it first.")
+            check_may_run(record)
+            forget_deleted(change, record)
             change.db.execute("DELETE FROM vtpm WHERE id = ?", (vtpm_id.bytes,))
+        self._overwrite()
+
+    def holding(self, vtpm_id: VtpmId) -> KnownVtpm:
+        with self._file.changing() as change:
+            return held_now(change, vtpm_id)
+
+    def list_holdings(self) -> Sequence[KnownVtpm]:
         with self._file.reading() as db:
-            # The log still holds the wrapped key's page; overwritten pages reach the file by this checkpoint.
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return find_holdings(db, self._file.ledger, self._name)
+
+    def record_move(
+        self,
+        vtpm_id: VtpmId,
+        before: Holding,
+        after: Holding,
+        *,
+        arriving: tuple[VtpmRecord, Sequence[SavedState]] | None = None,
+        event: Event | None = None,
+    ) -> None:
+        with self._file.changing(event, prompt=True) as change:
+            move(change, vtpm_id, before, after, arriving)
+        if after.right in (Right.MOVED, Right.ABSENT):
+            self._overwrite()
 
     def bind_instance(
         self,
@@ -212,6 +233,7 @@ class SqliteStore:
     ) -> None:
         with self._file.changing(event, prompt=True) as change:
             record = change.vtpm(vtpm_id)
+            check_may_run(record)
             if record.instance_id not in (None, instance_id, replaces):
                 raise ConflictError(f"vTPM {record.name} already has an instance, {record.instance_id}")
             if record.instance_id == instance_id:
@@ -238,6 +260,7 @@ class SqliteStore:
         with self._file.changing(prompt=True) as change:
             db, record = change.db, change.vtpm(vtpm_id)
             check_bound(record, instance_id)
+            check_may_run(record)
             check_never_saved(record, self._states(db, vtpm_id))
             permit_id = record.permit.permit_id or secrets.token_bytes(PERMIT_BYTES)
             db.execute(
@@ -256,6 +279,7 @@ class SqliteStore:
         with self._file.changing(prompt=True) as change:
             db, record = change.db, change.vtpm(vtpm_id)
             check_bound(record, instance_id)
+            check_may_run(record)
             states = self._states(db, vtpm_id)
             kinds = {state.kind for state in states}
             if StateKind.PERMANENT not in kinds:
@@ -336,6 +360,7 @@ class SqliteStore:
         check_bound(stored.record, save.instance_id)
         if stored.mark is not None and is_replay(stored.record, stored.mark, save):
             return SaveAck(SaveEffect.REPLAYED, stored.mark.version)
+        check_may_run(stored.record)
         check_save(stored.record, save)
         return None
 
@@ -346,7 +371,7 @@ class SqliteStore:
             self._delete_kind(db, save.vtpm_id, StateKind.VOLATILE)
         if save.envelope:
             state = SavedState(save.vtpm_id, save.kind, save.version, save.epoch, save.envelope)
-            states[save.kind] = self._put_state(db, state)
+            states[save.kind] = put_state(db, state)
         else:
             states.pop(save.kind, None)
             self._delete_kind(db, save.vtpm_id, save.kind)
@@ -380,13 +405,10 @@ class SqliteStore:
             states.append(state)
         return states
 
-    def _put_state(self, db: sqlite3.Connection, state: SavedState) -> StateEntry:
-        digest = envelope_digest(state.envelope)
-        db.execute(
-            REPLACE_STATE,
-            (state.vtpm_id.bytes, state.kind, state.version, state.epoch, digest, state.envelope),
-        )
-        return StateEntry(state.kind, state.epoch, state.version, digest)
+    def _overwrite(self) -> None:
+        with self._file.reading() as db:
+            # The log still holds the wrapped key's page; overwritten pages reach the file by this checkpoint.
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def _delete_kind(self, db: sqlite3.Connection, vtpm_id: VtpmId, kind: StateKind) -> None:
         db.execute("DELETE FROM state WHERE vtpm_id = ? AND kind = ?", (vtpm_id.bytes, kind))

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from vtpm.errors import VtpmError
 from vtpm.tpm.types import InstanceId, VtpmId
+from vtpm.vault.holding import Holding, KnownVtpm
 from vtpm.vault.launch_policy import LaunchImage
 from vtpm.vault.records import Event, SaveAck, SavedState, SaveMark, SaveRequest, VtpmRecord
 from vtpm.vault.root_record import AnchorValue
@@ -51,7 +52,7 @@ class Store(Protocol):
         """The last version since opening that must be anchored before it counts, 0 if there was none.
 
         So are creation, deletion, binding and its end, permits and their use, other wrapped keys, the taking of
-        volatile state, the launch policy, and the life cycle states of a migration. Saves and other words may wait.
+        volatile state, the launch policy, and holdings. Saves and words of the life cycle may wait.
         """
         ...
 
@@ -152,7 +153,39 @@ class Store(Protocol):
         After a StoreError it may be gone already, and trying again then says NotFoundError.
 
         Raises:
-            ConflictError: an instance is bound.
+            ConflictError: an instance is bound, or it is on its way from or to another host.
+        """
+        ...
+
+    def holding(self, vtpm_id: VtpmId) -> KnownVtpm:
+        """Return what this host holds of a vTPM, whether it has ever been here or not; see vtpm.vault.holding."""
+        ...
+
+    def list_holdings(self) -> Sequence[KnownVtpm]:
+        """Return what is held of all vTPMs that have moved or are moving, by uuid."""
+        ...
+
+    def record_move(
+        self,
+        vtpm_id: VtpmId,
+        before: Holding,
+        after: Holding,
+        *,
+        arriving: tuple[VtpmRecord, Sequence[SavedState]] | None = None,
+        event: Event | None = None,
+    ) -> None:
+        """Change a vTPM's holding, with all that belongs to the change, in one transaction.
+
+        FROZEN: of a stopped vTPM, or of one whose instance stays bound; nothing of that is taken any more. HELD: it is
+        stopped, under the holding's epoch. INERT: it is registered with its state. MOVED and ABSENT: its row, wrapped
+        key and state are destroyed.
+
+        Args:
+            before: what is held until now.
+            arriving: record (lifecycle "inert") and sealed states with INERT; volatile ones may be among them.
+        Raises:
+            ConflictError: something else is held by now, there is no such change, the vTPM runs, or its name is taken.
+            UsageError: a field is out of its bounds, or record, states and holding do not fit one another.
         """
         ...
 

@@ -15,10 +15,10 @@ from uuid import UUID
 
 from vtpm.errors import StateError, VtpmError
 from vtpm.migration.destination import Destination, Incoming
-from vtpm.migration.holding import NOWHERE, Holding, Right
 from vtpm.migration.source import Outgoing, Source
 from vtpm.migration.steps import Send, Step, carry_out
 from vtpm.migration.transcript import proposal_digest
+from vtpm.vault.holding import NOWHERE, Holding, Right
 from vtpm.wire import migration as wire
 
 HOSTS = ("a", "b")

@@ -18,7 +18,6 @@ from vtpm.measurement.record import event_digest
 from vtpm.migration.certificates import PlatformKind, certify, new_authority
 from vtpm.migration.destination import Destination, Incoming
 from vtpm.migration.guards import Guard, channel_digest
-from vtpm.migration.holding import NOWHERE, Holding, Right
 from vtpm.migration.policy import PlatformPolicy
 from vtpm.migration.source import Outgoing, Source
 from vtpm.migration.steps import Step
@@ -28,6 +27,7 @@ from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.tpm.attest import read_signing_key
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 from vtpm.tpm.launch_log import Launch, LaunchLog, encode
+from vtpm.vault.holding import NOWHERE, Holding, Right
 from vtpm.wire import migration as mg
 from vtpm.wire.evidence import Evidence, decode_evidence, encode_evidence
 

@@ -10,9 +10,9 @@ from tests.unit.migration.guards import Guard
 from tests.unit.wire.migration_examples import MIGRATION_ID, NONCE, VM_ID, VTPM_ID
 from vtpm.errors import StateError
 from vtpm.migration.destination import Destination, Incoming
-from vtpm.migration.holding import NOWHERE, Holding, Right
 from vtpm.migration.steps import MigrationError, Send, Step
 from vtpm.migration.transcript import proposal_digest, state_digest, transcript_digest
+from vtpm.vault.holding import NOWHERE, Holding, Right
 from vtpm.wire import migration as mg
 
 FRESH = MIGRATION_ID + NONCE

@@ -11,10 +11,10 @@ from tests.unit.wire.migration_examples import MIGRATION_ID, NONCE, VM_ID, VTPM_
 from vtpm.errors import AttestationError, StateError
 from vtpm.migration.destination import Destination, Incoming
 from vtpm.migration.guards import Guard, channel_digest
-from vtpm.migration.holding import NOWHERE, Holding, Right
 from vtpm.migration.source import Outgoing, Source
 from vtpm.migration.transcript import proposal_digest
 from vtpm.migration.transport_key import TransportKey, seal
+from vtpm.vault.holding import NOWHERE, Holding, Right
 from vtpm.wire import migration as mg
 
 HELD = Holding(Right.HELD, 7)

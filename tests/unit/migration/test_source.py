@@ -9,10 +9,10 @@ import pytest
 from tests.unit.migration.guards import Guard
 from tests.unit.wire.migration_examples import DIGEST, MIGRATION_ID, NONCE, VM_ID, VTPM_ID
 from vtpm.errors import StateError
-from vtpm.migration.holding import NOWHERE, Holding, Right
 from vtpm.migration.source import Asking, Outgoing, Source, Waiting
 from vtpm.migration.steps import MigrationError, Send, Step
 from vtpm.migration.transcript import proposal_digest, state_digest, transcript_digest
+from vtpm.vault.holding import NOWHERE, Holding, Right
 from vtpm.wire import migration as mg
 
 HELD = Holding(Right.HELD, 7)

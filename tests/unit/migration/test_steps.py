@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vtpm.errors import StoreError
-from vtpm.migration.holding import CRASH_RULES, NOWHERE, Holding, Right
 from vtpm.migration.steps import Send, Step, carry_out
+from vtpm.vault.holding import CRASH_RULES, NOWHERE, Holding, Right
 from vtpm.wire.migration import Ask
 
 ASK = Send("b", Ask(bytes(16)))

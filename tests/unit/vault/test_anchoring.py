@@ -15,7 +15,10 @@ import pytest
 from tests.unit.vault.world import (
     CREATED,
     ENGINE,
+    FROZEN,
+    HELD,
     LIMIT_S,
+    MOVED,
     Bound,
     Gate,
     MemoryKeeper,
@@ -28,6 +31,7 @@ from vtpm.errors import StateError, StoreError, UnavailableError, UsageError
 from vtpm.tpm.types import InstanceId, StateKind
 from vtpm.vault.anchor import Anchoring, AnchorPolicy
 from vtpm.vault.committer import MAX_GROUP_SAVES, Committer
+from vtpm.vault.holding import Holding, Right
 from vtpm.vault.records import Event, SaveAck
 from vtpm.vault.root_record import AnchorValue
 from vtpm.vault.sqlite_store import SqliteStore
@@ -191,11 +195,11 @@ def test_change_made_already_is_not_acknowledged_before_it_is_anchored(start: St
     committer = start()
     (record,) = committer.run(lambda store: [bind(store).record]).result(LIMIT_S)
     keeper.failures_left = 1 << 30
-    word = committer.run(lambda store: store.set_lifecycle(record.id, "moved"), patience_s=0.1)
+    word = committer.run(lambda store: store.set_lifecycle(record.id, "other"), patience_s=0.1)
     with pytest.raises(StoreError):
         word.result(LIMIT_S)
     # Nothing is to be changed any more, and yet it does not count.
-    again = committer.run(lambda store: store.set_lifecycle(record.id, "moved"), patience_s=0.1)
+    again = committer.run(lambda store: store.set_lifecycle(record.id, "other"), patience_s=0.1)
     with pytest.raises(StoreError, match="not anchored"):
         again.result(LIMIT_S)
 
@@ -339,8 +343,8 @@ def test_saves_are_acknowledged_unanchored_and_anchored_by_the_timer_when_in_int
     [
         lambda store, bound: store.create_vtpm(new_record("web2")),
         lambda store, bound: store.set_wrapped_key(bound.id, b"other", expected=bound.record.wrapped_key),
-        lambda store, bound: store.set_lifecycle(bound.id, "moved"),
-        lambda store, bound: store.set_lifecycle(bound.id, "frozen"),
+        lambda store, bound: store.record_move(bound.id, HELD, FROZEN),
+        lambda store, bound: (store.record_move(bound.id, HELD, FROZEN), store.record_move(bound.id, FROZEN, MOVED)),
         lambda store, bound: store.bind_instance(bound.id, InstanceId(uuid4()), replaces=bound.instance),
         lambda store, bound: store.load_state(bound.id, bound.instance, ENGINE),
         lambda store, bound: store.unbind_instance(bound.id, bound.instance),
@@ -361,13 +365,19 @@ def test_change_of_the_right_to_run_is_anchored_at_once_when_in_interval_mode(
     assert keeper.value.version == version_of(committer) > unanchored
 
 
-def test_end_of_a_freeze_is_anchored_at_once_and_other_words_wait_when_in_interval_mode(
+def test_end_of_a_freeze_is_anchored_at_once_and_words_wait_when_in_interval_mode(
     start: Start, keeper: MemoryKeeper
 ) -> None:
     committer = start(HOUR_S)
     (bound,) = made(committer, "web1")
-    for word, anchored in (("running", False), ("frozen", True), ("stopped", True), ("starting", False)):
-        committer.run(lambda store, word=word: store.set_lifecycle(bound.id, word)).result(LIMIT_S)
+    steps: list[tuple[Callable[[Store], None], bool]] = [
+        (lambda store: store.set_lifecycle(bound.id, "running"), False),
+        (lambda store: store.record_move(bound.id, HELD, FROZEN), True),
+        (lambda store: store.record_move(bound.id, FROZEN, Holding(Right.HELD, 3)), True),
+        (lambda store: store.set_lifecycle(bound.id, "starting"), False),
+    ]
+    for step, anchored in steps:
+        committer.run(step).result(LIMIT_S)
         assert (keeper.value.version == version_of(committer)) is anchored
 
 
@@ -415,7 +425,7 @@ def test_nothing_is_acknowledged_beyond_the_window_when_the_keeper_stays_away(
 def test_records_name_the_anchor_alone_when_no_write_is_open(start: Start, keeper: MemoryKeeper) -> None:
     committer = start(HOUR_S)
     (bound,) = made(committer, "web1")
-    for operation in (lambda store: store.set_lifecycle(bound.id, "moved"), lambda store: None):
+    for operation in (lambda store: store.set_lifecycle(bound.id, "other"), lambda store: None):
         committer.run(operation).result(LIMIT_S)
         committer.submit(bound.save()).result(LIMIT_S)
         record = committer.run(lambda store: store._file.ledger.record).result(LIMIT_S)

@@ -29,6 +29,7 @@ def older(folder: Path) -> Path:
     database = folder / "vtpm.db"
     with closing(sqlite3.connect(database, isolation_level=None)) as db:
         db.execute("DROP TABLE launch_image")
+        db.execute("DROP TABLE holding")
         db.execute("UPDATE vault_schema SET version = 2")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return database
@@ -100,7 +101,7 @@ def test_store_of_the_schema_before_keeps_it_and_its_root_until_the_first_image(
     store.put_image(IMAGE, event=EVENT)
     keeper = anchored(store)
     store.close()
-    assert schema_version(database) == 4
+    assert schema_version(database) == 5
     store = open_store(tmp_path / "vault", keeper)
     assert store.list_images() == [IMAGE]
     assert [record.name for record in store.list_vtpms()] == ["web1", "web2"]
@@ -117,6 +118,7 @@ def test_store_of_a_schema_before_keeps_it_until_the_first_vtpm_of_another_make(
         keeper = anchored(store)
         store.close()
         with closing(sqlite3.connect(database, isolation_level=None)) as db:
+            db.execute("DROP TABLE holding")
             db.execute("UPDATE vault_schema SET version = 3")
     store = open_store(tmp_path / "vault", keeper)
     store.create_vtpm(new_record("web2"))
@@ -129,7 +131,7 @@ def test_store_of_a_schema_before_keeps_it_until_the_first_vtpm_of_another_make(
     store.create_vtpm(foreign)
     keeper = anchored(store)
     store.close()
-    assert schema_version(database) == 4
+    assert schema_version(database) == 5
     store = open_store(tmp_path / "vault", keeper)
     assert store.find_vtpm("web3") == foreign
     assert store.list_images() == images

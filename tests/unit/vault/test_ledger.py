@@ -272,7 +272,7 @@ def test_lowest_free_slot_is_given_when_a_vtpm_is_created(tmp_path: Path) -> Non
 
 
 def test_creation_is_refused_when_every_slot_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtpm.vault.ledger.POLICY_SLOT", 1)
+    monkeypatch.setattr("vtpm.vault.ledger.VTPM_SLOTS", 1)
     store = open_store(tmp_path / "vault")
     store.create_vtpm(new_record("web1"))
     with pytest.raises(StoreError, match="is full"):

@@ -35,15 +35,15 @@ Vector = dict[str, Any]
 
 
 def vectors() -> list[Vector]:
-    # Version 1 is of before there were other makes than libtpms, to which the second file has added vTPMs of one.
-    names = ("root-record-v1.json", "root-record-v1-makes.json")
+    # The first is of before there were other makes than libtpms, the second of before vTPMs moved.
+    names = ("root-record-v1.json", "root-record-v1-makes.json", "root-record-v1-holdings.json")
     return [vector for name in names for vector in json.loads((VECTORS / name).read_text())]
 
 
 def rows_of(vector: Vector, table: str) -> list[dict[str, Any]]:
     return [
         {name: bytes.fromhex(value["hex"]) if isinstance(value, dict) else value for name, value in row.items()}
-        for row in vector["tables"][table]
+        for row in vector["tables"].get(table, ())
     ]
 
 
@@ -92,6 +92,12 @@ def independent_tree(vector: Vector) -> bytes:
         for mark in marks:
             entry += fields(mark["instance_id"], mark["seq"], mark["digest"], mark["version"])
         level[row["slot"]] = sha256(b"\0", entry)
+    if known := sorted(rows_of(vector, "holding"), key=lambda row: row["vtpm_id"]):
+        entry = fields(b"vtpm holdings v1", len(known))
+        for row in known:
+            names = "vtpm_id name standing epoch migration_id peer digest mode"
+            entry += fields(*(row[name] for name in names.split()))
+        level[2**20 - 2] = sha256(b"\0", entry)
     empty = bytes(32)
     for _ in range(20):
         parents = {slot // 2 for slot in level}
@@ -144,7 +150,7 @@ def test_store_opens_when_its_rows_are_the_frozen_ones(vector: Vector, anchored:
     open_store(tmp_path / "vault").close()
     with closing(sqlite3.connect(tmp_path / "vault" / "vtpm.db", isolation_level=None)) as db:
         db.execute("UPDATE root SET record = ?", (bytes.fromhex(vector["record"]),))
-        for table in ("vtpm", "state", "save_mark", "event"):
+        for table in ("vtpm", "state", "save_mark", "event", "holding"):
             for row in rows_of(vector, table):
                 marks = ", ".join("?" * len(row))
                 db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from tests.unit.vault.world import new_record
-from vtpm.errors import StateError
+from vtpm.errors import ConflictError, StateError
 from vtpm.tpm.types import StateKind
 from vtpm.vault.records import Permit, PermitState, SavedState
-from vtpm.vault.rules import check_never_saved, decides_who_runs
+from vtpm.vault.rules import check_may_run, check_never_saved, check_no_move
 
 RECORD = new_record()
 STATE = SavedState(RECORD.id, StateKind.PERMANENT, 1, 1, b"sealed")
@@ -31,6 +31,11 @@ def test_blank_is_refused_when_only_the_permit_says_that_nothing_was_saved(
         check_never_saved(dataclasses.replace(RECORD, state_version=version), states)
 
 
-@pytest.mark.parametrize(("word", "decides"), [("moved", True), ("frozen", True), ("running", False)])
-def test_word_decides_who_runs_when_of_a_migration(word: str, decides: bool) -> None:
-    assert decides_who_runs(word) is decides
+@pytest.mark.parametrize("word", ["inert", "frozen"])
+def test_vtpm_does_not_run_nor_get_a_word_of_a_migration_when_another_host_may_run_it(word: str) -> None:
+    check_may_run(RECORD)
+    check_no_move("running")
+    with pytest.raises(ConflictError, match="on its way"):
+        check_may_run(dataclasses.replace(RECORD, lifecycle=word))
+    with pytest.raises(ConflictError, match="by a migration alone"):
+        check_no_move(word)

@@ -193,8 +193,8 @@ def test_database_is_refused_when_of_another_application(folder: Path) -> None:
 
 def test_database_is_refused_when_its_schema_is_newer(folder: Path) -> None:
     database = filled(folder)
-    execute(database, "UPDATE vault_schema SET version = 5")
-    refused_and_kept(folder, "schema version 5")
+    execute(database, "UPDATE vault_schema SET version = 6")
+    refused_and_kept(folder, "schema version 6")
 
 
 def test_database_is_refused_when_of_the_schema_before_the_first_release(folder: Path) -> None:

@@ -14,16 +14,24 @@ from vtpm.errors import StateError, UnavailableError
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
 from vtpm.vault.committer import Committer
+from vtpm.vault.holding import Holding, Right
 from vtpm.vault.records import DomainKind, SaveRequest, VtpmRecord
 from vtpm.vault.root_record import NOTHING_ANCHORED, AnchorValue
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
+from vtpm.wire.migration import Mode
 
 KEY = bytes(range(32))
 MAC_KEY = Secret(bytes(range(100, 132)))
 ENGINE = 0x000902
 LIMIT_S = 20.0
 CREATED = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+ID, DIGEST = b"m" * 16, b"d" * 32
+HELD = Holding(Right.HELD, 1)
+FROZEN = Holding(Right.FROZEN, 1, ID, "b", DIGEST, Mode.STOPPED)
+MOVED = Holding(Right.MOVED, 2, ID, "b")
 
 
 class MemoryKeeper:
