@@ -58,8 +58,8 @@ class DestinationGuard(Protocol):
     def examine(self, peer: str, proposal: Propose, offer: Offer, proof: Prove) -> None:
         """Verify the source's evidence. Raises AttestationError: what is wrong with it."""
 
-    def unseal(self, offer: Offer, transcript: bytes, sealed: bytes) -> bytes:
-        """Return the state. Raises StateError: it was not sealed for this offer and this transcript."""
+    def unseal(self, offer: Offer, proof: Prove, transcript: bytes, sealed: bytes) -> bytes:
+        """Return the state. Raises StateError: it was not sealed for this offer and transcript, or by another."""
 
 
 class Destination:
@@ -71,6 +71,12 @@ class Destination:
 
     def __init__(self, guard: DestinationGuard) -> None:
         self._guard = guard
+
+    def adopt(self, holding: Holding) -> Step[Incoming]:
+        """Take an inert vTPM for one's own without a release: an operator says that its source is lost for good."""
+        if holding.right is not Right.INERT:
+            raise MigrationError(f"the vTPM is {holding.right.value} on this host, and waits for no release")
+        return Step(dataclasses.replace(holding, right=Right.HELD, digest=b""), None)
 
     def remind(self, holding: Holding, session: Incoming | None, *, wanted: bool = False) -> Step[Incoming]:
         """Ask the source what has become of the attempt; after a restart, and from time to time.
@@ -138,7 +144,7 @@ class Destination:
             raise MigrationError(f"{peer} sends a state before it has proven itself")
         _check_vacant(holding, peer, session.proposal)
         transcript = transcript_digest(session.proposal, session.offer, session.proof)
-        state = self._guard.unseal(session.offer, transcript, message.sealed)
+        state = self._guard.unseal(session.offer, session.proof, transcript, message.sealed)
         inert = Holding(
             Right.INERT, session.proposal.epoch + 1, message.migration_id, peer, digest, session.proposal.mode
         )

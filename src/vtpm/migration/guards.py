@@ -2,12 +2,15 @@
 
 The offer's evidence is over the proposal, the attempt, both nonces, the destination's key and the two hosts' TLS keys:
 it is of no use for another attempt, another key, or to somebody who sits between the two. The source's is over the
-offer, and so over all of that again.
+offer, and so over all of that again; and over the digest of a secret with which the state then comes. Whoever has the
+source's TLS key and not its TPM cannot put another state in the place of the true one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
+import secrets
 from typing import Protocol
 
 from vtpm.errors import StateError
@@ -18,6 +21,7 @@ from vtpm.wire.migration import Offer, Propose, Prove, encode_message
 _CHANNEL_LABEL = b"vtpm migration channel 1"
 _OFFER_LABEL = b"vtpm migration offer 1"
 _PROOF_LABEL = b"vtpm migration proof 1"
+_SECRET_BYTES = 32
 
 
 class Attester(Protocol):
@@ -46,10 +50,10 @@ def offer_extra(channel: bytes, proposal: Propose, migration_id: bytes, nonce: b
     return hashlib.sha256(_OFFER_LABEL + parts).digest()
 
 
-def proof_extra(channel: bytes, proposal: Propose, offer: Offer) -> bytes:
+def proof_extra(channel: bytes, proposal: Propose, offer: Offer, commitment: bytes) -> bytes:
     """Return what the source's quote has to be over."""
     offered = hashlib.sha256(encode_message(offer)).digest()
-    return hashlib.sha256(_PROOF_LABEL + channel + proposal_digest(proposal) + offered).digest()
+    return hashlib.sha256(_PROOF_LABEL + channel + proposal_digest(proposal) + offered + commitment).digest()
 
 
 class Guard:
@@ -65,6 +69,7 @@ class Guard:
         self._channel = channel
         self._migration_id = b""
         self._key: TransportKey | None = None
+        self._secret = b""
 
     def offer(self, peer: str, proposal: Propose, migration_id: bytes, nonce: bytes) -> Offer:
         """See DestinationGuard. The key of an offer that was made before is gone."""
@@ -80,20 +85,25 @@ class Guard:
             extra = offer_extra(self._channel, proposal, offer.migration_id, offer.nonce, offer.key)
             self._attester.verify(offer.evidence, extra)
         else:
-            self._attester.verify(proof.evidence, proof_extra(self._channel, proposal, offer))
+            self._attester.verify(proof.evidence, proof_extra(self._channel, proposal, offer, proof.commitment))
 
-    def prove(self, proposal: Propose, offer: Offer) -> bytes:
+    def prove(self, proposal: Propose, offer: Offer) -> Prove:
         """See SourceGuard."""
-        return self._attester.evidence(proof_extra(self._channel, proposal, offer))
+        self._secret = secrets.token_bytes(_SECRET_BYTES)
+        commitment = hashlib.sha256(self._secret).digest()
+        evidence = self._attester.evidence(proof_extra(self._channel, proposal, offer, commitment))
+        return Prove(offer.migration_id, commitment, evidence)
 
     def seal(self, offer: Offer, transcript: bytes, state: bytes) -> bytes:
         """See SourceGuard."""
-        return seal(offer.key, transcript, state)
+        return seal(offer.key, transcript, self._secret + state)
 
-    def unseal(self, offer: Offer, transcript: bytes, sealed: bytes) -> bytes:
+    def unseal(self, offer: Offer, proof: Prove, transcript: bytes, sealed: bytes) -> bytes:
         """See DestinationGuard. The key is used once."""
         if self._key is None or offer.migration_id != self._migration_id:
             raise StateError("the key of this attempt is gone: it is to be begun anew")
-        state = self._key.open(transcript, sealed)
+        opened = self._key.open(transcript, sealed)
         self._key = None
-        return state
+        if not hmac.compare_digest(hashlib.sha256(opened[:_SECRET_BYTES]).digest(), proof.commitment):
+            raise StateError("the state is not from the platform that has proven itself")
+        return opened[_SECRET_BYTES:]

@@ -71,11 +71,11 @@ class SourceGuard(Protocol):
     def examine(self, peer: str, proposal: Propose, offer: Offer) -> None:
         """Verify the destination's evidence. Raises AttestationError: what is wrong with it."""
 
-    def prove(self, proposal: Propose, offer: Offer) -> bytes:
-        """Return this platform's evidence over the offer's nonce and all that was said."""
+    def prove(self, proposal: Propose, offer: Offer) -> Prove:
+        """Return this platform's evidence over all that was said, and the commitment to a secret of this attempt."""
 
     def seal(self, offer: Offer, transcript: bytes, state: bytes) -> bytes:
-        """Return the state encrypted to the offer's key alone, with the transcript as associated data."""
+        """Return the attempt's secret and the state, encrypted to the offer's key alone and bound to the transcript."""
 
 
 class Source:
@@ -173,7 +173,7 @@ class Source:
         if session.offer is not None:
             raise MigrationError(f"{peer} has made its offer already")
         self._guard.examine(peer, session.proposal, offer)
-        proof = Prove(offer.migration_id, self._guard.prove(session.proposal, offer))
+        proof = self._guard.prove(session.proposal, offer)
         return Step(holding, dataclasses.replace(session, offer=offer, proof=proof), (Send(peer, proof),))
 
     def _refused(self, holding: Holding, session: Outgoing | None, peer: str, refusal: Refuse) -> Step[Outgoing]:
@@ -196,7 +196,12 @@ def _declined(holding: Holding, session: Outgoing | None, peer: str, message: De
 
 
 def _activated(holding: Holding, session: Outgoing | None, peer: str, message: Activated) -> Step[Outgoing]:
-    """Note that the move is over: a destination that asks for its release once more is one of the past."""
+    """Note that the move is over: a destination that asks for its release once more is one of the past.
+
+    Where this host has not released it yet, an operator has said there that this host is lost.
+    """
+    if holding.right is Right.FROZEN and holding.is_of(peer, message.migration_id):
+        holding = _released(holding)
     if holding.right is Right.MOVED and holding.is_of(peer, message.migration_id):
         return Step(dataclasses.replace(holding, migration_id=b""), None)
     return Step(holding, session)
@@ -238,8 +243,11 @@ def _stored(
 
 def _commit(holding: Holding) -> Step[Outgoing]:
     """The commit: from here on this host never runs the vTPM under this right again."""
-    moved = dataclasses.replace(holding, right=Right.MOVED, epoch=holding.epoch + 1, digest=b"")
-    return Step(moved, None, (Send(holding.peer, Release(holding.migration_id)),))
+    return Step(_released(holding), None, (Send(holding.peer, Release(holding.migration_id)),))
+
+
+def _released(holding: Holding) -> Holding:
+    return dataclasses.replace(holding, right=Right.MOVED, epoch=holding.epoch + 1, digest=b"")
 
 
 def _waiting(session: Outgoing | None) -> Waiting:

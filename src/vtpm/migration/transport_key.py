@@ -2,7 +2,7 @@
 
 HPKE (RFC 9180) in base mode with X25519, HKDF-SHA256 and AES-256-GCM. Who the recipient is follows from the evidence
 that the offer's key is bound into. Who the sender is does not follow: the transcript is no secret, and whoever has
-seen it can encrypt to the key. That the state is the source's, the transport vouches for alone.
+seen it can encrypt to the key; `guards` has what the state comes with for that.
 """
 
 from __future__ import annotations

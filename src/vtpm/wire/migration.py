@@ -84,9 +84,10 @@ class Decline:
 
 @dataclass(frozen=True)
 class Prove:
-    """Source: what I am, over the destination's nonce."""
+    """Source: what I am, over all that the destination said, and the digest of a secret that the state comes with."""
 
     migration_id: bytes
+    commitment: bytes
     evidence: bytes
 
 
@@ -187,7 +188,7 @@ _LAYOUTS: Mapping[type[Any], Layout] = {
         evidence=rest(MAX_EVIDENCE_BYTES),
     ),
     Decline: _from_destination(0x03, proposal=_DIGEST, reason=_REASON),
-    Prove: _from_source(0x04, migration_id=_ID, evidence=rest(MAX_EVIDENCE_BYTES)),
+    Prove: _from_source(0x04, migration_id=_ID, commitment=_DIGEST, evidence=rest(MAX_EVIDENCE_BYTES)),
     State: _from_source(0x05, migration_id=_ID, sealed=rest(MAX_SEALED_BYTES, 1)),
     Stored: _from_destination(0x06, migration_id=_ID, digest=_DIGEST),
     Refuse: _from_destination(0x07, migration_id=_ID, reason=_REASON),

@@ -44,13 +44,13 @@ class Guard:
         if proof is not None and proof.evidence != b"proof" + offer.nonce:
             raise StateError("the source's evidence is of something else")
 
-    def prove(self, proposal: wire.Propose, offer: wire.Offer) -> bytes:
-        return b"proof" + offer.nonce
+    def prove(self, proposal: wire.Propose, offer: wire.Offer) -> wire.Prove:
+        return wire.Prove(offer.migration_id, bytes(32), b"proof" + offer.nonce)
 
     def seal(self, offer: wire.Offer, transcript: bytes, state: bytes) -> bytes:
         return offer.key + transcript + state
 
-    def unseal(self, offer: wire.Offer, transcript: bytes, sealed: bytes) -> bytes:
+    def unseal(self, offer: wire.Offer, proof: wire.Prove, transcript: bytes, sealed: bytes) -> bytes:
         prefix = offer.key + transcript
         if not sealed.startswith(prefix):
             raise StateError("the state was sealed for something else")

@@ -25,14 +25,14 @@ class Guard:
         if self.refuses:
             raise StateError("the evidence is of another platform")
 
-    def prove(self, proposal: Propose, offer: Offer) -> bytes:
-        return b"proof"
+    def prove(self, proposal: Propose, offer: Offer) -> Prove:
+        return Prove(offer.migration_id, bytes(32), b"proof")
 
     def seal(self, offer: Offer, transcript: bytes, state: bytes) -> bytes:
         self.transcripts.append(transcript)
         return b"sealed " + state
 
-    def unseal(self, offer: Offer, transcript: bytes, sealed: bytes) -> bytes:
+    def unseal(self, offer: Offer, proof: Prove, transcript: bytes, sealed: bytes) -> bytes:
         self.transcripts.append(transcript)
         if self.refuses or not sealed.startswith(b"sealed "):
             raise StateError("the state was not sealed for this")

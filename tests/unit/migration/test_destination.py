@@ -18,7 +18,7 @@ from vtpm.wire import migration as mg
 FRESH = MIGRATION_ID + NONCE
 PROPOSAL = mg.Propose(VTPM_ID, VM_ID, 7, mg.Mode.DRIVEN, NONCE)
 OFFER = mg.Offer(MIGRATION_ID, proposal_digest(PROPOSAL), NONCE, b"key", b"quote")
-PROOF = mg.Prove(MIGRATION_ID, b"proof")
+PROOF = mg.Prove(MIGRATION_ID, bytes(32), b"proof")
 STATE = mg.State(MIGRATION_ID, b"sealed state")
 OFFERED = Incoming("a", PROPOSAL, OFFER)
 PROVEN = Incoming("a", PROPOSAL, OFFER, PROOF)
@@ -94,7 +94,7 @@ def test_first_proof_counts_when_there_are_two() -> None:
     guard = Guard()
     assert receive(NOWHERE, PROVEN, PROOF, guard=guard) == Step(NOWHERE, PROVEN) and guard.examined == 0
     with pytest.raises(MigrationError, match="second time"):
-        receive(NOWHERE, PROVEN, mg.Prove(MIGRATION_ID, b"other"))
+        receive(NOWHERE, PROVEN, mg.Prove(MIGRATION_ID, bytes(32), b"other"))
 
 
 def test_state_is_refused_when_the_source_has_not_proven_itself() -> None:
@@ -167,3 +167,12 @@ def test_source_is_asked_when_an_inert_destination_waits() -> None:
         assert destination.remind(INERT, None, wanted=wanted) == Step(INERT, None, (Send("a", query),))
     assert destination.remind(HELD, None) == Step(HELD, None)
     assert destination.remind(NOWHERE, PROVEN) == Step(NOWHERE, PROVEN)
+
+
+def test_inert_vtpm_is_held_without_a_release_when_an_operator_says_that_its_source_is_lost() -> None:
+    destination = Destination(Guard())
+    inert = Holding(Right.INERT, 8, MIGRATION_ID, "a", bytes(32))
+    assert destination.adopt(inert).holding == Holding(Right.HELD, 8, MIGRATION_ID, "a")
+    for other in (NOWHERE, Holding(Right.HELD, 8), Holding(Right.MOVED, 8), Holding(Right.FROZEN, 8)):
+        with pytest.raises(MigrationError, match="waits for no release"):
+            destination.adopt(other)

@@ -110,7 +110,7 @@ def test_neither_is_believed_when_somebody_sits_between_them() -> None:
     into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
     with pytest.raises(AttestationError, match="something else"):
         source.receive(HELD, out, "b", offer)
-    proof = mg.Prove(MIGRATION_ID, guard(to_source).prove(proposal, offer))
+    proof = guard(to_source).prove(proposal, offer)
     with pytest.raises(AttestationError, match="something else"):
         destination.receive(NOWHERE, into, "a", proof, b"")
     assert channel_digest(b"key of a", b"key of b") != channel_digest(b"key of b", b"key of a")
@@ -122,7 +122,28 @@ def test_proof_is_not_believed_when_it_is_of_another_offer() -> None:
     into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
     other = dataclasses.replace(offer, key=TransportKey().public)
     with pytest.raises(AttestationError, match="something else"):
-        destination.receive(NOWHERE, into, "a", mg.Prove(MIGRATION_ID, guard().prove(proposal, other)), b"")
+        destination.receive(NOWHERE, into, "a", guard().prove(proposal, other), b"")
+
+
+def test_proof_is_not_believed_when_its_commitment_was_substituted() -> None:
+    destination = Destination(guard())
+    _, proposal = asked(Source(guard()))
+    into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
+    proof = guard().prove(proposal, offer)
+    with pytest.raises(AttestationError, match="something else"):
+        destination.receive(NOWHERE, into, "a", dataclasses.replace(proof, commitment=bytes(32)), b"")
+    destination.receive(NOWHERE, into, "a", proof, b"")
+
+
+def test_state_is_not_taken_when_it_is_not_from_who_has_proven_itself() -> None:
+    destination = guard()
+    _, proposal = asked(Source(guard()))
+    offer = destination.offer("a", proposal, MIGRATION_ID, NONCE)
+    source, thief = guard(), guard()
+    proof = source.prove(proposal, offer)
+    thief.prove(proposal, offer)
+    with pytest.raises(StateError, match="not from the platform"):
+        destination.unseal(offer, proof, TRANSCRIPT, thief.seal(offer, TRANSCRIPT, b"another TPM"))
 
 
 def test_state_does_not_open_when_key_transcript_or_a_byte_is_another() -> None:
@@ -155,16 +176,18 @@ def test_key_is_used_once_and_for_its_own_attempt() -> None:
     destination = guard()
     _, proposal = asked(Source(guard()))
     offer = destination.offer("a", proposal, MIGRATION_ID, NONCE)
-    sealed = guard().seal(offer, TRANSCRIPT, b"state")
+    source = guard()
+    proof = source.prove(proposal, offer)
+    sealed = source.seal(offer, TRANSCRIPT, b"state")
     with pytest.raises(StateError, match="is gone"):
-        destination.unseal(dataclasses.replace(offer, migration_id=bytes(16)), TRANSCRIPT, sealed)
-    assert destination.unseal(offer, TRANSCRIPT, sealed) == b"state"
+        destination.unseal(dataclasses.replace(offer, migration_id=bytes(16)), proof, TRANSCRIPT, sealed)
+    assert destination.unseal(offer, proof, TRANSCRIPT, sealed) == b"state"
     with pytest.raises(StateError, match="is gone"):
-        destination.unseal(offer, TRANSCRIPT, sealed)
+        destination.unseal(offer, proof, TRANSCRIPT, sealed)
     second = destination.offer("a", proposal, bytes(16), NONCE)
     destination.offer("a", proposal, MIGRATION_ID, NONCE)
     with pytest.raises(StateError, match="is gone"):
-        destination.unseal(second, TRANSCRIPT, guard().seal(second, TRANSCRIPT, b"state"))
+        destination.unseal(second, proof, TRANSCRIPT, source.seal(second, TRANSCRIPT, b"state"))
 
 
 def test_key_does_not_show_when_printed_or_pickled() -> None:

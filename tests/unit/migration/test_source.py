@@ -49,7 +49,7 @@ def test_state_leaves_sealed_and_frozen_when_the_destination_was_believed() -> N
     guard = Guard()
     source = Source(guard)
     step = believed(source, mg.Mode.FOREIGN)
-    proof = mg.Prove(MIGRATION_ID, b"proof")
+    proof = mg.Prove(MIGRATION_ID, bytes(32), b"proof")
     assert step.sends == (Send("b", proof),) and step.holding == HELD and guard.examined == 1
     step = source.freeze(HELD, step.session, b"state")
     assert step.holding == frozen(mg.Mode.FOREIGN)
@@ -163,12 +163,18 @@ def test_move_is_over_when_its_destination_is_active() -> None:
     for holding, peer, migration_id in (
         (MOVED, "c", MIGRATION_ID),
         (MOVED, "b", OTHER_ID),
-        (FROZEN, "b", MIGRATION_ID),
+        (FROZEN, "c", MIGRATION_ID),
+        (FROZEN, "b", OTHER_ID),
     ):
         assert source.receive(holding, None, peer, mg.Activated(migration_id)) == Step(holding, None)
     assert source.remind(over, None) == Step(over, None)
     aborted = (Send("b", mg.Aborted(MIGRATION_ID)),)
     assert source.receive(over, None, "b", mg.Query(MIGRATION_ID, DIGEST)) == Step(over, None, aborted)
+
+
+def test_frozen_source_lets_go_when_an_operator_has_said_at_the_destination_that_it_is_lost() -> None:
+    over = Holding(Right.MOVED, 8, b"", "b")
+    assert Source(Guard()).receive(FROZEN, None, "b", mg.Activated(MIGRATION_ID)) == Step(over, None)
 
 
 def test_vtpm_goes_on_here_under_an_epoch_of_its_own_when_the_move_is_aborted() -> None:

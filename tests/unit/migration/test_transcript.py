@@ -11,7 +11,7 @@ from vtpm.wire import migration as mg
 
 PROPOSAL = mg.Propose(VTPM_ID, VM_ID, 7, mg.Mode.STOPPED, NONCE)
 OFFER = mg.Offer(MIGRATION_ID, DIGEST, NONCE, b"key", b"quote")
-PROOF = mg.Prove(MIGRATION_ID, b"proof")
+PROOF = mg.Prove(MIGRATION_ID, bytes(32), b"proof")
 
 
 def test_digest_differs_when_anything_that_was_said_differs() -> None:
@@ -31,7 +31,12 @@ def test_digest_differs_when_anything_that_was_said_differs() -> None:
         dataclasses.replace(OFFER, key=b"keyq", evidence=b"uote"),
         dataclasses.replace(OFFER, evidence=b"another"),
     ]
-    proofs = [PROOF, dataclasses.replace(PROOF, evidence=b"another"), mg.Prove(bytes(16), b"proof")]
+    proofs = [
+        PROOF,
+        dataclasses.replace(PROOF, evidence=b"another"),
+        mg.Prove(bytes(16), bytes(32), b"proof"),
+        dataclasses.replace(PROOF, commitment=b"c" * 32),
+    ]
     said = list(itertools.product(proposals, offers, proofs))
     assert len({transcript_digest(*three) for three in said}) == len(said)
     assert len({proposal_digest(proposal) for proposal in proposals}) == len(proposals)

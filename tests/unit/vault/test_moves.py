@@ -77,6 +77,9 @@ def test_key_and_state_are_gone_when_a_vtpm_has_moved_and_its_holding_stays(stor
     assert store.prompt_version == store.value.version == version + 1
     assert store.get_vtpm(bound.id).lifecycle == "frozen"
     store.record_move(bound.id, FROZEN, MOVED)
+    kept = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert b"first" not in kept
+    assert b"wrapped key of web1" not in kept
     with pytest.raises(NotFoundError):
         store.get_vtpm(bound.id)
     over = dataclasses.replace(MOVED, migration_id=b"")
@@ -87,9 +90,6 @@ def test_key_and_state_are_gone_when_a_vtpm_has_moved_and_its_holding_stays(stor
     assert again.list_holdings() == [KnownVtpm(bound.id, "web1", over)]
     assert again.list_events()[-1].kind == "frozen"
     again.close()
-    kept = b"".join(path.read_bytes() for path in folder.iterdir())
-    assert b"first" not in kept
-    assert b"wrapped key of web1" not in kept
 
 
 def test_vtpm_may_run_again_under_an_epoch_of_its_own_when_its_move_is_aborted(store: SqliteStore) -> None:

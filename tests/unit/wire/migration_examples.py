@@ -16,7 +16,7 @@ MIGRATION_EXAMPLES: dict[str, mg.MigrationMessage] = {
     "propose": mg.Propose(VTPM_ID, VM_ID, 7, mg.Mode.DRIVEN, NONCE),
     "offer": mg.Offer(MIGRATION_ID, DIGEST, NONCE, b"a public key", b"a quote"),
     "decline": mg.Decline(DIGEST, "no room"),
-    "prove": mg.Prove(MIGRATION_ID, b"a quote"),
+    "prove": mg.Prove(MIGRATION_ID, bytes(range(32)), b"a quote"),
     "state": mg.State(MIGRATION_ID, b"ciphertext"),
     "stored": mg.Stored(MIGRATION_ID, DIGEST),
     "refuse": mg.Refuse(MIGRATION_ID, "nothing of it is here"),
