@@ -42,7 +42,7 @@ backups = st.builds(
 )
 files = backups.map(lambda backup: seal(backup, KEY.public))
 cheap_files = backups.map(lambda backup: seal(backup, WORDS, ScryptCost(MIN_LOG2_N)))
-bodies = backups.map(backup_module._encode)
+bodies = backups.map(backup_module.encode)
 
 
 @effort.codec
@@ -73,8 +73,8 @@ def test_question_what_opens_it_is_answered_or_refused_when_file_is_anything(dat
 def test_content_is_refused_or_canonical_when_somebody_sealed_what_he_likes(body: bytes) -> None:
     """Past all cryptography: whoever knows the public key reaches this parser."""
     try:
-        backup = backup_module._decode(body)
-        again = backup_module._encode(backup)
+        backup = backup_module.decode(body)
+        again = backup_module.encode(backup)
     except StateError:
         return
     assert backup.exported_at - datetime(1970, 1, 1, tzinfo=UTC) >= timedelta()

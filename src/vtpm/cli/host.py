@@ -20,7 +20,7 @@ from vtpm.cli.output import (
 from vtpm.cli.session import Session, confirm, json_option, pass_session, yes_option
 from vtpm.wire.api import AuditEvent, LifeState, MeasuredServices, Status
 
-_OFF = frozenset({LifeState.STOPPED, LifeState.MOVED, LifeState.FAILED})
+_OFF = frozenset({LifeState.STOPPED, LifeState.FROZEN, LifeState.INERT, LifeState.FAILED})
 
 
 @click.command()

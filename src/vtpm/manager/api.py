@@ -11,9 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from vtpm.errors import VtpmError
+from vtpm.errors import UsageError, VtpmError
 from vtpm.manager.access import Caller
 from vtpm.manager.backups import BackupService
+from vtpm.manager.migrations import MigrationService
 from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.wire.api import (
@@ -38,6 +39,7 @@ from vtpm.wire.api import (
     Vtpm,
 )
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
+from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
 
 MAX_BODY_BYTES = 16 * 1024
 MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
@@ -74,6 +76,7 @@ def make_app(
     service: ManagerService,
     platform: PlatformService,
     backups: BackupService,
+    migrations: MigrationService,
     caller_of: Callable[[int, int], Caller],
     shut_down: Callable[[], None],
 ) -> FastAPI:
@@ -83,6 +86,7 @@ def make_app(
         service: does the work on vTPMs.
         platform: does the work on the root key.
         backups: does the work on backups.
+        migrations: does the work on moves.
         caller_of: says who a uid and gid is.
         shut_down: ends the host's services, once the reply to a shutdown is on its way.
     """
@@ -165,6 +169,27 @@ def make_app(
     @app.post("/v1/vtpms/{name:path}/export", dependencies=vault)
     async def export(name: str, who: By, wanted: Annotated[ExportVtpm | None, Body()] = None) -> ExportedVtpm:
         return await backups.export(name, wanted or ExportVtpm(), who)
+
+    @app.post("/v1/vtpms/{name:path}/migrate", dependencies=vault)
+    async def migrate(name: str, who: By, wanted: MigrateVtpm) -> Migration:
+        return await migrations.migrate(name, wanted.to, who)
+
+    @app.post("/v1/vtpms/{name:path}/migrate/abort", dependencies=vault)
+    async def abort(name: str, who: By) -> Migration:
+        return await migrations.abort(name, who)
+
+    @app.post("/v1/vtpms/{name:path}/adopt", dependencies=vault)
+    async def adopt(name: str, who: By, word: AdoptVtpm) -> Migration:
+        if not word.source_is_lost:
+            raise UsageError(
+                "a vTPM is adopted only when its source is lost for good: else there may be two of one TPM",
+                next_step="See that the source never comes back, then say --source-is-lost",
+            )
+        return await migrations.adopt(name, who)
+
+    @app.get("/v1/migrations", dependencies=vault)
+    async def moves(who: By) -> list[Migration]:
+        return list(await migrations.list(who))
 
     @app.post("/v1/import", status_code=201, dependencies=vault)
     async def import_backup(wanted: ImportBackup, who: By) -> Vtpm:

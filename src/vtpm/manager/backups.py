@@ -143,9 +143,12 @@ class BackupService:
         return await self._add(record, Contents(carried(wanted.tpm_version, states)), event)
 
     async def _passed_epoch(self, vtpm_id: VtpmId) -> int:
-        """Return the epoch in which a vTPM of this uuid was deleted here last, 0: it was not, or too long ago."""
-        event = await self._vtpms.door.run(lambda store: store.last_event(vtpm_id, DELETED))
-        return 0 if event is None else int(json.loads(event.detail).get("epoch", 0))
+        """Return the last epoch of a vTPM of this uuid that is known here: it was deleted, or moved; 0: none is."""
+        event, known = await self._vtpms.door.run(
+            lambda store: (store.last_event(vtpm_id, DELETED), store.holding(vtpm_id))
+        )
+        deleted = 0 if event is None else int(json.loads(event.detail).get("epoch", 0))
+        return max(deleted, known.holding.epoch)
 
     async def _add(self, record: VtpmRecord, contents: Contents, event: Event) -> Vtpm:
         new_key = await self._threads.run(self._keeper.new_key, record.id)

@@ -24,6 +24,7 @@ class Happening(enum.Enum):
     RESET = "note that its guest was reset"
     ENGINE_FAILED = "note that its TPM failed"
     EXPORT = "export it"
+    MIGRATE = "migrate it"
     DELETE = "delete it"
 
 
@@ -51,8 +52,8 @@ TRANSITIONS: Mapping[tuple[LifeState, Happening], LifeState] = {
     (LifeState.STOPPING, Happening.RESET): LifeState.STOPPING,
     (LifeState.STOPPING, Happening.ENGINE_FAILED): LifeState.STOPPING,
     (LifeState.STOPPED, Happening.EXPORT): LifeState.STOPPED,
+    (LifeState.STOPPED, Happening.MIGRATE): LifeState.STOPPED,
     (LifeState.STOPPED, Happening.DELETE): LifeState.STOPPED,
-    (LifeState.MOVED, Happening.DELETE): LifeState.MOVED,
 }
 
 CRASH_RULES: Mapping[LifeState, str] = {
@@ -61,8 +62,8 @@ CRASH_RULES: Mapping[LifeState, str] = {
     LifeState.RUNNING: "an instance that the launcher has is taken up again; with none, stopped",
     LifeState.FAILED: "as running; the instance goes on failing until its guest resets",
     LifeState.STOPPING: "the instance, if any, is ended; then stopped",
-    LifeState.FROZEN: "stays frozen until the move is decided",
-    LifeState.MOVED: "stays moved; an instance that the launcher has is ended",
+    LifeState.FROZEN: "stays frozen until the move is decided: its destination is asked",
+    LifeState.INERT: "stays inert until the move is decided: its source is asked",
 }
 
 
@@ -83,5 +84,6 @@ _NEXT_STEPS: Mapping[LifeState, str] = {
     LifeState.FAILED: "Reset its guest, or stop it first, with `vtpm stop`",
     LifeState.STARTING: "Wait until it runs",
     LifeState.STOPPING: "Wait until it is stopped",
-    LifeState.MOVED: "It runs on another host now",
+    LifeState.FROZEN: "It is on its way to another host: vtpm migrate --status",
+    LifeState.INERT: "It is on its way from another host: vtpm migrate --status",
 }

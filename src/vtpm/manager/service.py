@@ -256,6 +256,11 @@ class ManagerService:
             after(name, self._state(record), happening)
             yield record
 
+    def look_again(self, vtpm_id: VtpmId) -> None:
+        """Take a vTPM's state from the store from here on: a move may have changed it there, and nothing of it runs."""
+        if vtpm_id not in self.running:
+            self._states.pop(vtpm_id, None)
+
     async def list(self, after: str, limit: int, caller: Caller) -> Sequence[Vtpm]:
         """Return the first `limit` vTPMs after a name, by name, of those that the caller may see."""
         owner_uid = None if caller.is_admin else caller.uid
@@ -520,7 +525,7 @@ class ManagerService:
         bound = current.instance_id
         if bound is not None:
             await self._store(lambda store: store.unbind_instance(record.id, bound))
-        if self._state(record) in (LifeState.STOPPED, LifeState.MOVED, LifeState.FROZEN):
+        if self._state(record) in (LifeState.STOPPED, LifeState.FROZEN, LifeState.INERT):
             return
         expected = self._state(record) is LifeState.STOPPING
         await self._move(

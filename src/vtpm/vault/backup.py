@@ -96,7 +96,7 @@ def seal(backup: Backup, to: RecoveryPublicKey | Passphrase, cost: ScryptCost | 
     Raises:
         StateError: a field of the backup has no place in the file.
     """
-    body = _encode(backup)
+    body = encode(backup)
     if isinstance(to, Passphrase):
         cost = cost or ScryptCost()
         salt = secrets.token_bytes(SALT_BYTES)
@@ -140,10 +140,7 @@ def open_(blob: bytes, opener: RecoveryKey | Passphrase) -> Backup:
         body = AESGCM(body_key).decrypt(_NONCE, blob[header.size_bytes :], blob[: header.size_bytes])
     except InvalidTag:
         raise StateError("this backup is damaged: its content is not what was sealed") from None
-    backup = _decode(body)
-    if _encode(backup) != body:
-        raise StateError("this backup is not in the one form that this program writes")
-    return backup
+    return decode(body)
 
 
 @dataclass(frozen=True)
@@ -209,7 +206,8 @@ def _keys(file_key: Secret) -> tuple[bytes, bytes]:
     return both[:KEY_BYTES], both[KEY_BYTES:]
 
 
-def _encode(backup: Backup) -> bytes:
+def encode(backup: Backup) -> bytes:
+    """Return the body of a backup, in the clear. Raises StateError: a field has no place in it."""
     _check(backup)
     name = backup.name.encode("ascii")
     fields = _FIELDS.pack(
@@ -248,12 +246,19 @@ def _check(backup: Backup) -> None:
         raise StateError(f"backup of {backup.name!r}: a state is empty or has more than {MAX_STATE_BYTES} bytes")
 
 
-def _decode(body: bytes) -> Backup:
-    """Read a verified body; whoever sealed it may still have written nonsense."""
+def decode(body: bytes) -> Backup:
+    """Read a body that was verified; whoever sealed it may still have written nonsense.
+
+    Raises:
+        StateError: it is not exactly a body in the one form that `encode` writes.
+    """
     try:
-        return _decode_fields(body)
+        backup = _decode_fields(body)
     except (struct.error, KeyError, ValueError, OverflowError) as error:
         raise StateError("this backup was sealed by another program: its content cannot be read") from error
+    if encode(backup) != body:
+        raise StateError("this backup is not in the one form that this program writes")
+    return backup
 
 
 def _decode_fields(body: bytes) -> Backup:

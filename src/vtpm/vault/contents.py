@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vtpm.errors import StateError
@@ -66,13 +66,18 @@ def open_saved(key: Secret, record: VtpmRecord, state: SavedState, engine_versio
     return open_(key, expected, state.envelope)
 
 
-def open_all(key: Secret, record: VtpmRecord, saved: Sequence[SavedState]) -> Contents:
-    """Open what goes into a backup of a vTPM that was manufactured.
+def open_all(
+    key: Secret, record: VtpmRecord, saved: Sequence[SavedState], kinds: Collection[StateKind] | None = None
+) -> Contents:
+    """Open what goes from one life of a vTPM that was manufactured to the next.
 
+    Args:
+        kinds: that go; None: those of a backup, see `carried`.
     Raises:
         StateError: as open_saved, or permanent state is missing.
     """
-    wanted = [state for state in saved if state.kind in _CARRIED[record.tpm_version]]
+    kinds = _CARRIED[record.tpm_version] if kinds is None else kinds
+    wanted = [state for state in saved if state.kind in kinds]
     if not any(state.kind is StateKind.PERMANENT for state in wanted):
         raise StateError(f"vTPM {record.name} was manufactured, and its permanent state is missing")
     states = {state.kind: open_saved(key, record, state, MAX_ENGINE_VERSION) for state in wanted}

@@ -70,7 +70,7 @@ class LifeState(enum.StrEnum):
     RUNNING = "running"
     STOPPING = "stopping"
     FROZEN = "frozen"
-    MOVED = "moved"
+    INERT = "inert"
     FAILED = "failed"
 
 

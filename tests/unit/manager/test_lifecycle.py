@@ -46,4 +46,4 @@ def test_what_is_not_in_the_table_is_refused_by_name(state: LifeState, happening
 
 def test_nothing_is_deleted_while_it_may_run() -> None:
     deletable = {state for state, happening in TRANSITIONS if happening is Happening.DELETE}
-    assert deletable == {LifeState.STOPPED, LifeState.MOVED}
+    assert deletable == {LifeState.STOPPED}

@@ -306,12 +306,12 @@ def test_not_sealed_when_a_field_is_out_of_bounds(change: dict[str, Any], cause:
 def forged(monkeypatch: pytest.MonkeyPatch, body: bytes) -> bytes:
     """A file as somebody seals it who knows the public key and writes what he likes."""
     with monkeypatch.context() as patch:
-        patch.setattr(backup_module, "_encode", lambda backup: body)
+        patch.setattr(backup_module, "encode", lambda backup: body)
         return seal(BACKUP, KEY.public)
 
 
 def hostile_bodies() -> dict[str, bytes]:
-    good = backup_module._encode(BACKUP)
+    good = backup_module.encode(BACKUP)
     permanent, volatile = good[76:96], good[96:]
     assert permanent == b"\x01\0\0\0\x0fpermanent state"
 
@@ -353,7 +353,7 @@ def test_refused_when_sealed_content_is_not_what_this_program_writes(
 
 def test_file_opens_when_forged_with_content_as_this_program_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # The forging itself does not break a file, so the refusals above are the content's.
-    assert open_(forged(monkeypatch, backup_module._encode(BACKUP)), KEY) == BACKUP
+    assert open_(forged(monkeypatch, backup_module.encode(BACKUP)), KEY) == BACKUP
 
 
 def test_refused_when_check_value_is_not_the_file_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,300 @@
+"""Migrations as operators and peers ask for them: who talks to whom, when, and what is tried again until it is decided.
+
+The decisions are migration.Mover's; here are the vTPM's locks, the conversation with the peer, and the audit log. Each
+call of the mover runs in a thread, one after the other for one vTPM. The manager's alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+from uuid import UUID
+
+from vtpm.errors import ConflictError, ProtocolError, UnavailableError, VtpmError
+from vtpm.manager.access import Caller
+from vtpm.manager.lifecycle import Happening
+from vtpm.manager.service import ManagerService
+from vtpm.migration.mover import Channel, Mover
+from vtpm.migration.steps import Send
+from vtpm.tpm.types import VtpmId
+from vtpm.vault.holding import KnownVtpm, Right
+from vtpm.wire.api_migrations import Migration, Phase
+from vtpm.wire.call_threads import CallThreads
+from vtpm.wire.migration import (
+    Decline,
+    Direction,
+    FromSource,
+    MigrationMessage,
+    Mode,
+    Refuse,
+    decode_message,
+    encode_message,
+)
+
+REMIND_S = 15.0
+MAX_EXCHANGES = 16
+"""Of one conversation: no attempt has as many messages."""
+MAX_TROUBLES = 1024
+_UNDECIDED = (Right.FROZEN, Right.INERT)
+_log = logging.getLogger("vtpm.manager")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Party:
+    """A peer, and how it is spoken to.
+
+    Args:
+        name: of the peer.
+        channel: who is at both ends.
+        exchange: sends a vTPM's message and returns the answers. Raises UnavailableError: nobody knows if it arrived;
+            VtpmError: what the peer answered.
+    """
+
+    name: str
+    channel: Channel
+    exchange: Callable[[VtpmId, bytes], Awaitable[Sequence[bytes]]]
+
+
+class Parties(Protocol):
+    """Whom this host knows."""
+
+    def find(self, name: str) -> Party:
+        """Return a peer by name or URL. Raises NotFoundError: nobody has named it here."""
+
+
+class MigrationService:
+    """See the module.
+
+    Args:
+        vtpms: whose vTPMs these are.
+        mover: decides, blocking.
+        parties: whom this host knows.
+        threads: for calls of the mover.
+        remind_s: how long an attempt that is not over is left alone before the peer is asked again.
+    """
+
+    def __init__(
+        self,
+        vtpms: ManagerService,
+        mover: Mover,
+        parties: Parties,
+        threads: CallThreads,
+        remind_s: float = REMIND_S,
+    ) -> None:
+        self._vtpms = vtpms
+        self._mover = mover
+        self._parties = parties
+        self._threads = threads
+        self._remind_s = remind_s
+        self._turns: dict[VtpmId, asyncio.Lock] = {}
+        self._phases: dict[VtpmId, Phase] = {}
+        self._troubles: dict[VtpmId, str] = {}
+        self._undecided = asyncio.Event()
+
+    # -- what operators ask ------------------------------------------------------------------------------------------
+    async def migrate(self, name: str, to: str, caller: Caller) -> Migration:
+        """Move a stopped vTPM to a peer.
+
+        Raises:
+            ConflictError: it cannot leave in the state that it is in, or the peer does not take it; it is as it was.
+            AttestationError: the peer is not what policy asks for; it is as it was.
+            UnavailableError: the peer does not answer: as it was, or frozen until it does; the message says which.
+        """
+        caller.require_admin("move vTPMs")
+        party = self._parties.find(to)
+        async with self._vtpms.held(name, caller, Happening.MIGRATE) as record:
+            try:
+                self._phases[record.id] = Phase.PROVING
+                sends = await self._run(record.id, self._mover.propose, record, party.name, Mode.STOPPED, party.channel)
+                reason = await self._converse(record.id, party, sends)
+                if not self._mover.has_proof(record.id):
+                    raise ConflictError(f"{party.name} does not take vTPM {name}: {reason or 'it has made no offer'}")
+                # As it is by now: nobody starts it from here on.
+                record = await self._vtpms.door.run(lambda store: store.get_vtpm(record.id))
+                self._phases[record.id] = Phase.SENDING
+                sends = await self._run(record.id, self._mover.freeze, record, caller.uid)
+                reason = await self._deliver(record.id, party, sends)
+            finally:
+                self._phases.pop(record.id, None)
+                self._mover.forget(record.id)
+                self._settled(record.id)
+            await self._vtpms.audit.came()
+        known = await self._known(record.id)
+        if known.holding.right is Right.MOVED:
+            return self._describe(known)
+        if known.holding.right is Right.FROZEN:
+            self._undecided.set()
+            raise UnavailableError(
+                f"vTPM {name} is frozen: {party.name} has not said whether it has stored it ({reason})",
+                next_step="It is asked again by itself: see vtpm migrate --status, or take it back with --abort",
+            )
+        raise ConflictError(f"vTPM {name} has not moved: {reason or 'the move was aborted'}")
+
+    async def list(self, caller: Caller) -> Sequence[Migration]:
+        """Return what is held of each vTPM that has moved, or is moving."""
+        caller.require_admin("see migrations")
+        known = await self._vtpms.door.run(lambda store: store.list_holdings())
+        found = {one.vtpm_id: one for one in known}
+        for vtpm_id in self._phases.keys() - found.keys():
+            found[vtpm_id] = await self._known(vtpm_id)
+        return [self._describe(one) for one in sorted(found.values(), key=lambda one: one.name)]
+
+    async def abort(self, name: str, caller: Caller) -> Migration:
+        """Take a frozen vTPM back at its source."""
+        caller.require_admin("abort migrations")
+        known = await self._find(name)
+        if known.holding.right is Right.HELD:
+            raise ConflictError(f"vTPM {name} is not on its way to another host")
+        peer = known.holding.peer
+        sends = await self._run(known.vtpm_id, self._mover.abort, known.vtpm_id, caller.uid)
+        self._settled(known.vtpm_id)
+        await self._vtpms.audit.came()
+        try:
+            await self._converse(known.vtpm_id, self._parties.find(peer), sends)
+        except VtpmError as error:
+            # It asks, if it has anything, and hears then that this attempt is over.
+            _log.info("%s: %s has not been told of the abort: %s", name, peer, error)
+        return self._describe(await self._known(known.vtpm_id))
+
+    async def adopt(self, name: str, caller: Caller) -> Migration:
+        """Take an inert vTPM for this host's own, by the operator's word that its source is lost for good."""
+        caller.require_admin("adopt vTPMs")
+        known = await self._find(name)
+        await self._run(known.vtpm_id, self._mover.adopt, known.vtpm_id, caller.uid)
+        self._settled(known.vtpm_id)
+        await self._vtpms.audit.came()
+        return self._describe(await self._known(known.vtpm_id))
+
+    # -- what peers say ----------------------------------------------------------------------------------------------
+    async def receive(self, peer: str, vtpm_id: VtpmId, body: bytes, channel: Channel) -> Sequence[bytes]:
+        """Answer a peer's message with those that follow from it.
+
+        Args:
+            peer: whom the transport has authenticated.
+        Raises:
+            ProtocolError: it is no message. VtpmError: as Mover.receive.
+        """
+        await self._vtpms.door.opened()
+        message = _decoded(body)
+        try:
+            sends = await self._run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
+        except VtpmError as error:
+            _log.warning("vTPM %s: refused of %s: %s", vtpm_id, peer, error.message)
+            raise
+        finally:
+            self._settled(vtpm_id)
+        return [encode_message(send.message) for send in sends if send.peer == peer]
+
+    # -- what happens by itself --------------------------------------------------------------------------------------
+    async def follow(self) -> None:
+        """Ask again about what is not decided, for as long as this host runs. Ends when cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._undecided.wait(), self._remind_s)
+            self._undecided.clear()
+            if not self._vtpms.door.is_open:
+                continue
+            try:
+                known = await self._vtpms.door.run(lambda store: store.list_holdings())
+            except VtpmError as error:
+                _log.warning("migrations are not followed up: %s", error)
+                continue
+            for one in known:
+                if not _is_over(one) and one.vtpm_id not in self._phases:
+                    await self._follow_up(one)
+
+    async def _follow_up(self, known: KnownVtpm) -> None:
+        try:
+            party = self._parties.find(known.holding.peer)
+            sends = await self._run(known.vtpm_id, self._mover.remind, known.vtpm_id)
+            await self._converse(known.vtpm_id, party, sends)
+        except VtpmError as error:
+            if self._troubles.get(known.vtpm_id) != error.message:
+                _log.warning("%s: its move is not decided: %s", known.name, error)
+            self._troubles[known.vtpm_id] = error.message
+            while len(self._troubles) > MAX_TROUBLES:
+                del self._troubles[next(iter(self._troubles))]
+        else:
+            self._troubles.pop(known.vtpm_id, None)
+        finally:
+            self._settled(known.vtpm_id)
+
+    # -- conversations -----------------------------------------------------------------------------------------------
+    async def _deliver(self, vtpm_id: VtpmId, party: Party, sends: Sequence[Send]) -> str:
+        """Send a state; where that fails, ask what has become of it. Returns why it was not taken, if it was not."""
+        try:
+            return await self._converse(vtpm_id, party, sends)
+        except VtpmError as error:
+            reason = error.message
+        try:
+            sends = await self._run(vtpm_id, self._mover.remind, vtpm_id)
+            await self._converse(vtpm_id, party, sends)
+        except VtpmError as error:
+            _log.warning("vTPM %s: %s", vtpm_id, error)
+        return reason
+
+    async def _converse(self, vtpm_id: VtpmId, party: Party, sends: Sequence[Send]) -> str:
+        """Exchange messages until neither side has more to say; returns why the peer refused, if it did."""
+        waiting, reason = deque(sends), ""
+        for _ in range(MAX_EXCHANGES):
+            if not waiting:
+                return reason
+            message = waiting.popleft().message
+            answers = await party.exchange(vtpm_id, encode_message(message))
+            direction = Direction.TO_SOURCE if isinstance(message, FromSource) else Direction.TO_DESTINATION
+            for body in answers:
+                answer = decode_message(body, direction)
+                if isinstance(answer, Decline | Refuse):
+                    reason = answer.reason
+                waiting += await self._run(vtpm_id, self._mover.receive, vtpm_id, party.name, answer, party.channel)
+        raise ProtocolError(f"{party.name} answers without end")
+
+    async def _run(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
+        async with self._turns.setdefault(vtpm_id, asyncio.Lock()):
+            return await self._threads.run(call, *args)
+
+    def _settled(self, vtpm_id: VtpmId) -> None:
+        self._vtpms.look_again(vtpm_id)
+
+    async def _known(self, vtpm_id: VtpmId) -> KnownVtpm:
+        return await self._vtpms.door.run(lambda store: store.holding(vtpm_id))
+
+    async def _find(self, name: str) -> KnownVtpm:
+        known = await self._vtpms.door.run(lambda store: store.list_holdings())
+        named = [one for one in known if one.name == name]
+        # One of this name that is here or on its way comes before those that have gone.
+        for one in sorted(named, key=lambda one: one.holding.right in (Right.MOVED, Right.ABSENT)):
+            return one
+        record = await self._vtpms.door.run(lambda store: store.find_vtpm(name))
+        return await self._known(record.id)
+
+    def _describe(self, known: KnownVtpm) -> Migration:
+        holding = known.holding
+        return Migration(
+            uuid=UUID(str(known.vtpm_id)),
+            name=known.name,
+            right=holding.right.value,
+            epoch=holding.epoch,
+            peer=holding.peer,
+            phase=self._phases.get(known.vtpm_id, Phase.OVER if _is_over(known) else Phase.UNDECIDED),
+            trouble="" if _is_over(known) else self._troubles.get(known.vtpm_id, ""),
+        )
+
+
+def _is_over(known: KnownVtpm) -> bool:
+    """Whether nobody waits for anything any more."""
+    holding = known.holding
+    return holding.right not in _UNDECIDED and not (holding.right is Right.MOVED and holding.migration_id)
+
+
+def _decoded(body: bytes) -> MigrationMessage:
+    try:
+        return decode_message(body, Direction.TO_DESTINATION)
+    except ProtocolError:
+        return decode_message(body, Direction.TO_SOURCE)

@@ -1,0 +1,77 @@
+"""All of a vTPM as it goes to another host, in the clear: what is sealed into State. Pure.
+
+Bytes: u8 version (1), u8 make (1 libtpms, 2 swtpm), then a vTPM as the body of a backup has it (docs/state-format.md),
+with volatile state if there is any: what leaves is destroyed where it was, so nothing is had twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from vtpm.errors import StateError
+from vtpm.secret import Secret
+from vtpm.tpm.types import Make, StateKind
+from vtpm.vault import backup
+from vtpm.vault.backup import Backup
+from vtpm.vault.contents import open_all
+from vtpm.vault.records import PermitState, SavedState, VtpmRecord
+
+PAYLOAD_VERSION = 1
+_MAKES: Mapping[Make, int] = {Make.LIBTPMS: 1, Make.SWTPM: 2}
+
+
+@dataclass(frozen=True)
+class Payload:
+    """See the module.
+
+    Args:
+        make: whose form the state has.
+        vtpm: with the epoch that it has at the source; exported_at: when it left.
+    """
+
+    make: Make
+    vtpm: Backup
+
+
+def pack(key: Secret, record: VtpmRecord, saved: Sequence[SavedState], now: datetime) -> bytes:
+    """Return the payload of a vTPM that stands still.
+
+    Args:
+        key: the vTPM's own.
+        saved: all of its sealed states.
+        now: with a time zone.
+    Raises:
+        StateError: it was never manufactured, or a state is damaged or foreign.
+    """
+    if record.permit.state is not PermitState.CONSUMED:
+        raise StateError(
+            f"vTPM {record.name} was never started, so it has no state", next_step="Create it anew where it is needed"
+        )
+    contents = open_all(key, record, saved, tuple(StateKind))
+    whole = Backup(
+        vtpm_id=record.id,
+        name=record.name,
+        owner_uid=record.owner_uid,
+        owner_gid=record.owner_gid,
+        vm_uuid=record.vm_uuid,
+        tpm_version=record.tpm_version,
+        epoch=record.epoch,
+        state_version=record.state_version,
+        engine_version=contents.engine_version,
+        exported_at=now,
+        states=contents.states,
+    )
+    return bytes([PAYLOAD_VERSION, _MAKES[record.domain.make]]) + backup.encode(whole)
+
+
+def unpack(payload: bytes) -> Payload:
+    """Read a payload that was decrypted. Raises StateError: it is not exactly one, of this version."""
+    version, code = (*payload[:2], 0, 0)[:2]
+    if version != PAYLOAD_VERSION:
+        raise StateError(f"the vTPM that came is written in version {version}; this program reads {PAYLOAD_VERSION}")
+    makes = {code: make for make, code in _MAKES.items()}
+    if code not in makes:
+        raise StateError(f"the vTPM that came is of a make that this program does not know: {code}")
+    return Payload(makes[code], backup.decode(payload[2:]))

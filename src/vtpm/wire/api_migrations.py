@@ -1,0 +1,54 @@
+"""Migrations in the manager's API, as data. For manager and client."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from uuid import UUID
+
+
+class Phase(enum.StrEnum):
+    """How far a move is."""
+
+    PROVING = "proving"
+    """Both hosts show each other what they are; nothing has left."""
+    SENDING = "sending"
+    """The vTPM is frozen, and its state is on its way."""
+    UNDECIDED = "undecided"
+    """One host waits for the other, and asks again by itself."""
+    OVER = "over"
+
+
+@dataclass(frozen=True)
+class MigrateVtpm:
+    """Where a vTPM is to move: a peer's name or URL."""
+
+    to: str
+
+
+@dataclass(frozen=True)
+class AdoptVtpm:
+    """An operator's word that the host that an inert vTPM comes from is lost for good."""
+
+    source_is_lost: bool
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What this host holds of a vTPM that has moved, or is moving.
+
+    Args:
+        right: "absent", "held", "frozen", "moved" or "inert"; see docs/migration.md.
+        epoch: of that right.
+        peer: the other host.
+        phase: see Phase.
+        trouble: why the other host could not be asked; empty: it could, or need not.
+    """
+
+    uuid: UUID
+    name: str
+    right: str
+    epoch: int
+    peer: str
+    phase: Phase
+    trouble: str
