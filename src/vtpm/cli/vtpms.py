@@ -1,4 +1,4 @@
-"""Commands on one vTPM or all: create, start, stop, delete, list, show, migrate."""
+"""Commands on one vTPM or all: create, start, stop, delete, list, show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import click
 
 from vtpm.cli.output import Output, print_fields, print_json, print_line, print_table, progress
 from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
-from vtpm.errors import UsageError
 from vtpm.tpm.types import Make, Startup, TpmVersion
 from vtpm.wire.api import Client, DomainName, LifeState, Lockout, Owner, Vtpm
 
@@ -147,19 +146,6 @@ def show(session: Session, name: str) -> None:
             ("created", vtpm.created_at or "-"),
             *_lockout(vtpm.lockout, vtpm.tcti),
         ]
-    )
-
-
-@click.command(short_help="Move NAME to another host: NOT in this release.")
-@name_argument
-@click.option("--to", "url", required=True, metavar="URL", help="The manager that is to take it.")
-@json_option
-@pass_session
-def migrate(session: Session, name: str, url: str) -> None:
-    """Move the vTPM NAME to another host. Not available in this release: always an error."""
-    raise UsageError(
-        f"moving {name} to {url} is not available in this release of vtpm; nothing was done",
-        next_step=f"{name} stays on this host; a later release moves it",
     )
 
 

@@ -47,10 +47,12 @@ from vtpm.wire.api import (
     Vtpm,
 )
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
+from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
 from vtpm.wire.paths import default_run_dir
 
 SOCKET_VARIABLE = "VTPM_SOCKET"
 DEFAULT_TIMEOUT_S = 60.0
+MIGRATION_TIMEOUT_S = 180.0
 SHUTDOWN_TIMEOUT_S = 600.0
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 MAX_EVENT_WAIT_S = 30
@@ -58,6 +60,7 @@ EVENTS_PER_PAGE = 100
 
 Vtpms: TypeAlias = list[Vtpm]
 AuditEvents: TypeAlias = list[AuditEvent]
+Migrations: TypeAlias = list[Migration]
 Images: TypeAlias = list[Image]
 # Aliases, for in the class below `list` is a method.
 Body: TypeAlias = (
@@ -67,6 +70,8 @@ Body: TypeAlias = (
     | AllowPcrs
     | AllowImage
     | RetireImage
+    | MigrateVtpm
+    | AdoptVtpm
     | ConfirmRecoveryKey
     | RecoveryKeyText
     | ExportVtpm
@@ -205,6 +210,33 @@ class ManagerClient:
         """
         answer = self._request("POST", f"{_path_of(name)}/export", to)
         return decode(ExportedVtpm, answer, "the backup")
+
+    def migrate(self, name: str, to: str) -> Migration:
+        """Move a stopped vTPM to a peer; returns once it is there.
+
+        Raises:
+            AttestationError: the peer is not what policy asks for; the vTPM is as it was.
+            ConflictError: it is not stopped, or the peer does not take it; it is as it was.
+            UnavailableError: the peer does not answer; the message says whether the vTPM is as it was, or frozen.
+        """
+        answer = self._request(
+            "POST", f"{_path_of(name)}/migrate", MigrateVtpm(to), read_s=max(self.timeout_s, MIGRATION_TIMEOUT_S)
+        )
+        return decode(Migration, answer, "the migration")
+
+    def abort_migration(self, name: str) -> Migration:
+        """Take back a vTPM that is frozen on its way to a peer. Raises ConflictError: it is not, or has moved."""
+        answer = self._request("POST", f"{_path_of(name)}/migrate/abort", read_s=max(self.timeout_s, 60.0))
+        return decode(Migration, answer, "the migration")
+
+    def adopt(self, name: str, *, source_is_lost: bool) -> Migration:
+        """Take an inert vTPM for this host's own. Raises ConflictError: it is not inert."""
+        answer = self._request("POST", f"{_path_of(name)}/adopt", AdoptVtpm(source_is_lost))
+        return decode(Migration, answer, "the migration")
+
+    def migrations(self) -> Migrations:
+        """Return what this host holds of each vTPM that has moved, or is moving."""
+        return decode(Migrations, self._request("GET", "/v1/migrations"), "the migrations")
 
     def import_backup(self, wanted: ImportBackup) -> Vtpm:
         """Make a vTPM of a backup; it is stopped.

@@ -63,7 +63,7 @@ def test_the_commands_are_those_of_the_design_when_help_is_asked(cli: Cli) -> No
     ended = cli("--help")
     assert ended.status == 0
     named = ["status", "create", "start", "stop", "delete", "list", "show", "events", "run", "export", "import"]
-    named += ["migrate", "policy", "recovery-key", "recover", "image", "shutdown"]
+    named += ["migrate", "adopt", "policy", "recovery-key", "recover", "image", "shutdown"]
     assert list(command_group.commands) == [*named, "completion"]
     assert all(f"\n  {name} " in ended.out for name in named)
 
@@ -278,15 +278,7 @@ def test_output_ends_quietly_when_its_reader_has_gone(manager: CannedManager) ->
         assert program.stderr.read() == ""
 
 
-# migrate, shutdown
-
-
-def test_migrate_is_refused_clearly_when_this_release_has_none(cli: Cli, manager: CannedManager) -> None:
-    ended = cli("migrate", "web1", "--to", "https://other")
-    assert (ended.status, ended.out) == (2, "")
-    assert "error: moving web1 to https://other is not available in this release" in ended.err
-    assert manager.asked == []
-    assert json.loads(cli("migrate", "web1", "--to", "u", "--json").err)["code"] == "usage"
+# shutdown
 
 
 @pytest.mark.parametrize("words", [[], ["--yes"]])
@@ -358,7 +350,10 @@ def test_the_error_says_what_to_set_when_a_user_has_no_runtime_directory(
         (["create", "x", "--tpm-version", "3"], "'3' is not one of '1.2', '2.0'", "See vtpm create --help"),
         (["create", "x", "--vm-uuid", "y"], "'y' is not a valid UUID", "See vtpm create --help"),
         (["start", "x", "--startup", "none"], "'none' is not one of", "See vtpm start --help"),
-        (["migrate", "x"], "Missing option '--to'", "See vtpm migrate --help"),
+        (["migrate", "x"], "needs one of --to, --status and --abort", "See vtpm migrate --help"),
+        (["migrate", "x", "--to", "b", "--abort"], "needs one of", "See vtpm migrate --help"),
+        (["migrate", "--to", "b"], "which vTPM? give its name", ""),
+        (["adopt", "x"], "Missing option '--source-is-lost'", "See vtpm adopt --help"),
         (["run", "x"], "Missing argument", "See vtpm run --help"),
         (["list", "--bogus"], "No such option '--bogus'", "See vtpm list --help"),
         (["show", ""], "the name of a vTPM is empty", ""),
@@ -391,7 +386,7 @@ def test_a_name_reaches_the_manager_as_a_name_when_it_looks_like_a_path(cli: Cli
 
 def test_help_and_errors_need_no_slow_import_when_nothing_is_asked_of_the_manager() -> None:
     script = (
-        "import sys, vtpm.cli.main as m; m.main(['--help']); m.main(['migrate', 'a', '--to', 'b']);"
+        "import sys, vtpm.cli.main as m; m.main(['--help']); m.main(['migrate', 'a']);"
         "sys.exit(sum(name in sys.modules for name in ('httpx', 'rich', 'fastapi', 'asyncio')))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=TIMEOUT_S)

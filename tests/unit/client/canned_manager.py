@@ -40,6 +40,7 @@ from vtpm.wire.api import (
     Vtpm,
 )
 from vtpm.wire.api_images import AllowedImage, Image, Launch, Launches
+from vtpm.wire.api_migrations import Migration, Phase
 
 UUID_1 = UUID("6ad77c2a-96b5-4b26-8c8d-2f9ba4e8a4fe")
 VM_UUID = UUID("0d5a6f5e-3a52-4a2c-9c0d-55f0a6a4b1aa")
@@ -88,6 +89,8 @@ PUBLIC_KEY = "VTPM-RECOVERY-PUBLIC-1-CCCC-DDDD"
 FINGERPRINT = "7B2J-0000"
 BACKUP = b"a backup"
 IMAGE = Image("process", "ab" * 32, "first", "0.9.2", "allowed", "2026-07-01T10:00:00Z", ["web1", "web2"])
+MOVED = Migration(UUID_1, "web1", "moved", 2, "host-b", Phase.OVER, "")
+LEAVING = Migration(VM_UUID, "web2", "frozen", 4, "host-c", Phase.UNDECIDED, "host-c does not answer")
 LAUNCHES = Launches(
     bank="sha256",
     pcr=12,
@@ -129,6 +132,7 @@ class CannedManager:
         default_factory=lambda: Policy("sha256:0,7", [PcrSet("set-up", [PCR_0, PCR_7], True)], [PCR_0, PCR_7])
     )
     images: list[Image] = field(default_factory=lambda: [IMAGE])
+    migrations: list[Migration] = field(default_factory=lambda: [MOVED, LEAVING])
     launches: Launches = field(default_factory=lambda: LAUNCHES)
     recovered_with: str = ""
     events: list[AuditEvent] = field(default_factory=list)
@@ -223,6 +227,14 @@ class CannedManager:
                 sealed_to = "" if body["passphrase"] else FINGERPRINT
                 encoded = base64.b64encode(BACKUP).decode()
                 return 200, ExportedVtpm(name, found.uuid, found.epoch, "2026-07-01T10:00:00Z", sealed_to, encoded)
+            case ["GET", "migrations"]:
+                return 200, self.migrations
+            case ["POST", "vtpms", name, "migrate"]:
+                return 200, replace(MOVED, name=self._find(name).name, peer=body["to"])
+            case ["POST", "vtpms", name, "migrate", "abort"]:
+                return 200, replace(MOVED, name=self._find(name).name, right="held", epoch=3)
+            case ["POST", "vtpms", name, "adopt"]:
+                return 200, replace(MOVED, name=self._find(name).name, right="held")
             case ["POST", "import"]:
                 return 201, self._put(replace(STOPPED, name=body["name"] or "web2", epoch=2))
             case ["POST", "import", "swtpm"]:
