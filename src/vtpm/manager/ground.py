@@ -1,4 +1,4 @@
-"""What a mover stands on in this host: the vault, the keeper, the launcher; see migration.mover.Ground. The manager's alone.
+"""What a mover stands on in this host: vault, keeper and launcher; see migration.mover.Ground. The manager's alone.
 
 Its methods are called in threads other than the manager's loop, which they ask.
 """
@@ -60,12 +60,13 @@ class HostGround:
         return made.wrapped, Secret(made.key)
 
     def domain(self, payload: Payload) -> DomainKind:
-        """Return the first kind of this host's that runs vTPMs of the payload's make."""
+        """Return the payload's kind, or where this host has none such, the first one of its make."""
         status: LauncherStatus = self._ask(lambda: self._launcher.call("status", NoArgs()), "the launcher")[0]
-        for kind in DomainKind:
-            if kind.make is payload.make and kind in status.domains:
+        kinds: tuple[DomainKind, ...] = (payload.kind, *DomainKind)
+        for kind in kinds:
+            if kind.make is payload.kind.make and kind in status.domains:
                 return kind
-        raise ConflictError(f"this host runs no vTPMs of the make {payload.make}")
+        raise ConflictError(f"this host runs no vTPMs of the make {payload.kind.make}")
 
     def random(self, count: int) -> bytes:
         """See Ground."""

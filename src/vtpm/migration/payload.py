@@ -1,7 +1,8 @@
 """All of a vTPM as it goes to another host, in the clear: what is sealed into State. Pure.
 
-Bytes: u8 version (1), u8 make (1 libtpms, 2 swtpm), then a vTPM as the body of a backup has it (docs/state-format.md),
-with volatile state if there is any: what leaves is destroyed where it was, so nothing is had twice.
+Bytes: u8 version (1), u8 kind of domain (1 process, 2 qemu, 3 xen, 4 qemu-swtpm), then a vTPM as the body of a backup has
+it (docs/state-format.md), with volatile state if there is any: what leaves is destroyed where it was, so nothing is had
+twice.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from datetime import datetime
 
 from vtpm.errors import StateError
 from vtpm.secret import Secret
-from vtpm.tpm.types import Make, StateKind
+from vtpm.tpm.types import StateKind
 from vtpm.vault import backup
 from vtpm.vault.backup import Backup
 from vtpm.vault.contents import open_all
-from vtpm.vault.records import PermitState, SavedState, VtpmRecord
+from vtpm.vault.records import DomainKind, PermitState, SavedState, VtpmRecord
 
 PAYLOAD_VERSION = 1
-_MAKES: Mapping[Make, int] = {Make.LIBTPMS: 1, Make.SWTPM: 2}
+_KINDS: Mapping[DomainKind, int] = {
+    DomainKind.PROCESS: 1,
+    DomainKind.QEMU: 2,
+    DomainKind.XEN: 3,
+    DomainKind.QEMU_SWTPM: 4,
+}
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,11 @@ class Payload:
     """See the module.
 
     Args:
-        make: whose form the state has.
+        kind: where it lived, and whose form the state has.
         vtpm: with the epoch that it has at the source; exported_at: when it left.
     """
 
-    make: Make
+    kind: DomainKind
     vtpm: Backup
 
 
@@ -63,7 +69,7 @@ def pack(key: Secret, record: VtpmRecord, saved: Sequence[SavedState], now: date
         exported_at=now,
         states=contents.states,
     )
-    return bytes([PAYLOAD_VERSION, _MAKES[record.domain.make]]) + backup.encode(whole)
+    return bytes([PAYLOAD_VERSION, _KINDS[record.domain]]) + backup.encode(whole)
 
 
 def unpack(payload: bytes) -> Payload:
@@ -71,7 +77,7 @@ def unpack(payload: bytes) -> Payload:
     version, code = (*payload[:2], 0, 0)[:2]
     if version != PAYLOAD_VERSION:
         raise StateError(f"the vTPM that came is written in version {version}; this program reads {PAYLOAD_VERSION}")
-    makes = {code: make for make, code in _MAKES.items()}
-    if code not in makes:
-        raise StateError(f"the vTPM that came is of a make that this program does not know: {code}")
-    return Payload(makes[code], backup.decode(payload[2:]))
+    kinds = {code: kind for kind, code in _KINDS.items()}
+    if code not in kinds:
+        raise StateError(f"the vTPM that came is of a kind that this program does not know: {code}")
+    return Payload(kinds[code], backup.decode(payload[2:]))

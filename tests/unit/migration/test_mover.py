@@ -100,7 +100,7 @@ class Host:
         return wrapped, Secret(self.keys[wrapped])
 
     def domain(self, payload: Payload) -> DomainKind:
-        return DomainKind.of("process" if self.name == "a" else "qemu", payload.make)
+        return DomainKind.of("process" if self.name == "a" else "qemu", payload.kind.make)
 
     def random(self, count: int) -> bytes:
         return secrets.token_bytes(count)
