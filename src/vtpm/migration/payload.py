@@ -1,8 +1,8 @@
 """All of a vTPM as it goes to another host, in the clear: what is sealed into State. Pure.
 
-Bytes: u8 version (1), u8 kind of domain (1 process, 2 qemu, 3 xen, 4 qemu-swtpm), then a vTPM as the body of a backup has
-it (docs/state-format.md), with volatile state if there is any: what leaves is destroyed where it was, so nothing is had
-twice.
+Bytes: u8 version (1), u8 kind of domain (1 process, 2 qemu, 3 xen, 4 qemu-swtpm), then a vTPM as the body of a backup
+has it (docs/state-format.md), with volatile state if there is any: what leaves is destroyed where it was, so nothing is
+had twice.
 """
 
 from __future__ import annotations
