@@ -48,6 +48,7 @@ from vtpm.vault.rules import (
 )
 from vtpm.vault.sqlite_anchored import AnchoredDatabase
 from vtpm.vault.sqlite_change import Change, Stored, find_holdings, find_images, find_mark, put_state
+from vtpm.vault.sqlite_file import damaged
 from vtpm.vault.sqlite_moves import begin_anew, forget_deleted, held_now, move
 from vtpm.vault.sqlite_rows import (
     INSERT_RECORD,
@@ -306,6 +307,10 @@ class SqliteStore:
                 except VtpmError as refusal:
                     # Nothing of it was written.
                     outcomes.append(refusal)
+                    continue
+                except ValueError as error:
+                    # Its rows hold what no row of ours does; its siblings' saves stand all the same.
+                    outcomes.append(damaged(self._file.path, f"rows of vTPM {save.vtpm_id}: {error}"))
                     continue
                 if replayed is None:
                     self._write(change, stored, save)

@@ -377,6 +377,18 @@ def test_siblings_are_committed_when_one_save_of_the_group_is_refused(store: Sto
     assert [s.envelope for v in (good, bad, also_good) for s in store.read_state(v.id)] == [b"new", b"first", b"new"]
 
 
+def test_siblings_are_committed_when_rows_of_one_vtpm_were_changed_to_what_none_of_ours_has(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "vault")
+    web1, web2 = manufacture(store), manufacture(store, "web2")
+    with store._file.reading() as db:
+        db.execute("UPDATE vtpm SET domain = 'none' WHERE id = ?", (web1.id.bytes,))
+    damaged, kept = store.commit_saves([web1.save(b"newer"), web2.save(b"newer")])
+    assert isinstance(damaged, StateError)
+    assert "'none' is not a valid DomainKind" in damaged.message
+    assert kept == SaveAck(SaveEffect.COMMITTED, 2)
+    store.close()
+
+
 def test_each_is_checked_against_the_one_before_when_one_vtpm_is_twice_in_a_group(store: Store) -> None:
     bound = bind(store)
     outcomes = store.commit_saves(
