@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 from uuid import UUID
@@ -20,8 +20,8 @@ from vtpm.migration.payload import Payload, pack, unpack
 from vtpm.migration.source import Asking, Outgoing, Source
 from vtpm.migration.steps import MigrationError, Send, Step, carry_out
 from vtpm.secret import Secret
-from vtpm.tpm.types import VtpmId
-from vtpm.vault.contents import Contents, begin
+from vtpm.tpm.types import StateKind, VtpmId
+from vtpm.vault.contents import Contents, begin, open_all
 from vtpm.vault.holding import Holding, Right
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord
 from vtpm.vault.rules import INERT
@@ -91,17 +91,40 @@ class Mover:
         session = self._leaving.get(vtpm_id, (None, None))[0]
         return isinstance(session, Asking) and session.proof is not None
 
-    def freeze(self, record: VtpmRecord, actor_uid: int | None) -> Sequence[Send]:
-        """Freeze a vTPM that stands still, and send its state. Raises MigrationError: nobody has proven himself."""
+    def freeze(self, record: VtpmRecord, actor_uid: int | None, passing: bytes | None = None) -> Sequence[Send]:
+        """Freeze a vTPM that stands still, and send its state.
+
+        Args:
+            passing: volatile state of one that runs, whose guest is paused and whose answered saves are all durable.
+        Raises:
+            MigrationError: nobody has proven himself, or it is not this host's to give.
+        """
         saved = self._ground.store(lambda store: store.read_state(record.id))
         key = self._ground.key(record)
         try:
-            payload = pack(key, record, saved, datetime.now(UTC))
+            payload = pack(key, record, saved, datetime.now(UTC), passing)
         finally:
             key.wipe()
         session, source = self._source(record.id)
         holding = self.holding(record.id)
         return self._leave(record.id, source, holding, source.freeze(holding, session, payload), actor_uid)
+
+    def arrived(self, vtpm_id: VtpmId) -> Sequence[Send]:
+        """Note that the guest is at the destination, paused. Raises MigrationError: no move is driven from here."""
+        holding = self.holding(vtpm_id)
+        session, source = self._source(vtpm_id)
+        return self._leave(vtpm_id, source, holding, source.arrived(holding, session), None)
+
+    def inert_states(self, vtpm_id: VtpmId) -> Mapping[StateKind, bytes]:
+        """Return the plain states of an inert vTPM, to load and not to run. Raises MigrationError: it is not inert."""
+        if self.holding(vtpm_id).right is not Right.INERT:
+            raise MigrationError("the vTPM is not inert here: nothing of it is loaded before its time")
+        record, saved = self._ground.store(lambda store: (store.get_vtpm(vtpm_id), store.read_state(vtpm_id)))
+        key = self._ground.key(record)
+        try:
+            return open_all(key, record, saved, tuple(StateKind)).states
+        finally:
+            key.wipe()
 
     def abort(self, vtpm_id: VtpmId, actor_uid: int | None) -> Sequence[Send]:
         """End an attempt at its source. Raises MigrationError: it has moved, or is not this host's to give."""

@@ -41,13 +41,16 @@ class Payload:
     vtpm: Backup
 
 
-def pack(key: Secret, record: VtpmRecord, saved: Sequence[SavedState], now: datetime) -> bytes:
+def pack(
+    key: Secret, record: VtpmRecord, saved: Sequence[SavedState], now: datetime, passing: bytes | None = None
+) -> bytes:
     """Return the payload of a vTPM that stands still.
 
     Args:
         key: the vTPM's own.
         saved: all of its sealed states.
         now: with a time zone.
+        passing: volatile state of one that runs, whose guest is paused; None: it does not run.
     Raises:
         StateError: it was never manufactured, or a state is damaged or foreign.
     """
@@ -56,6 +59,9 @@ def pack(key: Secret, record: VtpmRecord, saved: Sequence[SavedState], now: date
             f"vTPM {record.name} was never started, so it has no state", next_step="Create it anew where it is needed"
         )
     contents = open_all(key, record, saved, tuple(StateKind))
+    states = dict(contents.states)
+    if passing is not None:
+        states[StateKind.VOLATILE] = passing
     whole = Backup(
         vtpm_id=record.id,
         name=record.name,
@@ -67,7 +73,7 @@ def pack(key: Secret, record: VtpmRecord, saved: Sequence[SavedState], now: date
         state_version=record.state_version,
         engine_version=contents.engine_version,
         exported_at=now,
-        states=contents.states,
+        states=states,
     )
     return bytes([PAYLOAD_VERSION, _KINDS[record.domain]]) + backup.encode(whole)
 

@@ -307,6 +307,24 @@ def test_adopted_vtpm_runs_and_its_source_lets_go_when_it_comes_back(pair: Pair)
     assert [host.usable(record.id) for host in (a, b)] == [False, True]
 
 
+def test_running_vtpm_goes_over_with_its_volatile_state_once_its_guest_has_arrived(pair: Pair) -> None:
+    a, b = pair.hosts.values()
+    record = a.manufactured()
+    pair.say(a, record.id, a.mover.propose(record, "b", wire.Mode.DRIVEN, a.channel))
+    (state,) = a.mover.freeze(record, 0, STATES[StateKind.VOLATILE])
+    with pytest.raises(MigrationError, match="not inert here"):
+        b.mover.inert_states(record.id)
+    # The state goes with the guest, and the answer by the managers' own way.
+    (stored,) = b.mover.receive(record.id, "a", state.message, b.channel)
+    assert b.mover.inert_states(record.id) == STATES
+    assert pair.say(b, record.id, [stored]) == ""
+    assert [host.mover.holding(record.id).right for host in (a, b)] == [Right.FROZEN, Right.INERT]
+    pair.say(a, record.id, a.mover.arrived(record.id))
+    assert [host.mover.holding(record.id).right for host in (a, b)] == [Right.MOVED, Right.HELD]
+    with pytest.raises(MigrationError, match="not inert here"):
+        b.mover.inert_states(record.id)
+
+
 @pytest.mark.parametrize("crashed", ["a", "b"])
 @pytest.mark.parametrize("at", range(1, 9))
 def test_exactly_one_host_can_run_it_when_one_crashed_before_or_after_any_anchor(
