@@ -38,6 +38,7 @@ BUSY_S = 5.0
 RETRY_S = 2.0
 """How long a lock is taken as it is before the platform TPM is asked again."""
 _ANCHOR_KEY_LABEL = b"vtpm vault anchor key"
+_CHANNEL_KEY_LABEL = b"vtpm channel key v1"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -331,7 +332,14 @@ class Custody:
     # -- anchor -----------------------------------------------------------------------------------------------------
     def anchor_key(self) -> Secret:
         """Return the key that the vault's root records are authenticated with."""
-        return Secret(HKDFExpand(SHA256(), KEY_BYTES, _ANCHOR_KEY_LABEL).derive(self.root.secret.reveal()))
+        return self._derived(_ANCHOR_KEY_LABEL)
+
+    def channel_key(self) -> Secret:
+        """Return the key that the private key of this host's channel to its peers is encrypted with."""
+        return self._derived(_CHANNEL_KEY_LABEL)
+
+    def _derived(self, label: bytes) -> Secret:
+        return Secret(HKDFExpand(SHA256(), KEY_BYTES, label).derive(self.root.secret.reveal()))
 
     def read_anchor(self) -> Anchor:
         """Return what the platform TPM holds. Raises PlatformTpmError."""

@@ -71,6 +71,7 @@ class KeeperService:
         self._looking: SharedCall[str] = SharedCall(lambda: self._threads.run(self._look), "the platform TPM")
         self._blocking: Mapping[str, Callable[[Any, Peer], Any]] = {
             "anchor_key": lambda _args, _peer: Key(custody.anchor_key().reveal()),
+            "channel_key": lambda _args, _peer: Key(custody.channel_key().reveal()),
             "read_anchor": self._read_anchor,
             "write_anchor": self._write_anchor,
             "policy": lambda _args, _peer: self._policy(),

@@ -251,6 +251,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "new_key": Operation(args=NewKeyArgs, result=NewKey),
     "unwrap_key": Operation(args=UnwrapKeyArgs, result=Key),
     "anchor_key": Operation(args=NoArgs, result=Key),
+    "channel_key": Operation(args=NoArgs, result=Key),
     "read_anchor": Operation(args=NoArgs, result=AnchorState),
     "write_anchor": Operation(args=AnchorState, result=NoArgs),
     "policy": Operation(args=NoArgs, result=PolicyState),
@@ -334,6 +335,16 @@ class KeeperClient:
             UnavailableError: the keeper does not answer.
         """
         key: Key = self._call("anchor_key", NoArgs())
+        return key.key
+
+    def channel_key(self) -> bytes:
+        """Return the key for the private key of this host's channel to its peers, VTPM_KEY_BYTES bytes.
+
+        Raises:
+            PlatformTpmError: the root key is not open.
+            UnavailableError: the keeper does not answer.
+        """
+        key: Key = self._call("channel_key", NoArgs())
         return key.key
 
     def read_anchor(self) -> AnchorState:

@@ -45,10 +45,13 @@ class Known:
         self.recovery_key = make_recovery_key(client)
         self.key: NewKey = client.new_key(VTPM)
         self.anchor_key = client.anchor_key()
+        self.channel_key = client.channel_key()
+        assert self.channel_key != self.anchor_key
 
     def check(self, client: KeeperClient) -> None:
         assert client.unwrap_key(VTPM, self.key.wrapped).key == self.key.key
         assert client.anchor_key() == self.anchor_key
+        assert client.channel_key() == self.channel_key
         assert client.status().recovery == RecoveryKey.from_text(self.recovery_key).public.fingerprint
 
 

@@ -48,6 +48,7 @@ def check_locked(client: KeeperClient, why: str) -> None:
         lambda: client.new_key(VtpmId(uuid4())),
         lambda: client.unwrap_key(VtpmId(uuid4()), bytes(109)),
         client.anchor_key,
+        client.channel_key,
         client.read_anchor,
         lambda: client.write_anchor(AnchorState(1, bytes(32))),
         client.policy,
