@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ class Host:
         self.keys: dict[bytes, bytes] = {}
         self.crash_in = 0
         self.changes = 0
+        self._one_at_a_time = threading.RLock()
         self._folder = folder / name
         self._store = SqliteStore(self._folder, MAC_KEY, self.keeper)
         self.mover = Mover(self, self.attester)
@@ -74,9 +76,14 @@ class Host:
         self.crash_in = 0
 
     def close(self) -> None:
-        self._store.close()
+        with self._one_at_a_time:
+            self._store.close()
 
     def store(self, operation: Callable[[Store], T]) -> T:
+        with self._one_at_a_time:
+            return self._do(operation)
+
+    def _do(self, operation: Callable[[Store], T]) -> T:
         before = self._store.value
         self._store.set_ancestors(self.keeper.value, self.keeper.value)
         done = operation(self._store)
