@@ -18,8 +18,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from vtpm.durable_file import read_file, rename_file, replace_file
 from vtpm.errors import NotFoundError, StateError
-from vtpm.keeper.durable_file import read_file, rename_file, replace_file
 from vtpm.recovery_key import ESCROW_BYTES, RecoveryKey, RecoveryPublicKey, recipient
 from vtpm.secret import KEY_BYTES, Secret
 

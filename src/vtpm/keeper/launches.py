@@ -12,8 +12,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from vtpm.durable_file import read_file, replace_file
 from vtpm.errors import ConflictError, ProtocolError
-from vtpm.keeper.durable_file import read_file, replace_file
 from vtpm.platform_tpm.pcrs import PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.tpm.event_log import MAX_LOG_BYTES

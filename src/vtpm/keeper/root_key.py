@@ -16,8 +16,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from vtpm.durable_file import read_file, replace_file, sync_directory, write_new
 from vtpm.errors import PlatformTpmError, StateError, StoreError
-from vtpm.keeper.durable_file import read_file, replace_file, sync_directory, write_new
 from vtpm.platform_tpm.pcrs import PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.platform_tpm.root_policy import PcrSet, ZeroPcrs

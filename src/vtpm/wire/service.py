@@ -204,10 +204,15 @@ class _ErrorMembers:
 
 def _decode_error(members: object) -> VtpmError:
     read = codec_of(_ErrorMembers).decode(members)
-    error_class = dict(_error_classes(VtpmError)).get(read.code, VtpmError)
+    return error_of(read.code, read.message, read.next_step)
+
+
+def error_of(code: str, message: str, next_step: str) -> VtpmError:
+    """Return the error that a peer reports; of a code that is not known here, a VtpmError."""
+    error_class = dict(_error_classes(VtpmError)).get(code, VtpmError)
     # A subclass may take other arguments; what came over the wire is what every error has.
     error = error_class.__new__(error_class)
-    VtpmError.__init__(error, read.message, next_step=read.next_step)
+    VtpmError.__init__(error, message, next_step=next_step)
     return error
 
 

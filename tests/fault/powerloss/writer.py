@@ -61,8 +61,9 @@ _stand_in("cryptography.hazmat.primitives.kdf")
 _stand_in("cryptography.hazmat.primitives.kdf.hkdf", HKDF=_Derive, HKDFExpand=_Derive)
 _stand_in("vtpm.platform_tpm.platform_tpm", PlatformTpm=object)
 
+from vtpm import durable_file  # noqa: E402
 from vtpm.embedded_tpm import store as embedded  # noqa: E402
-from vtpm.keeper import durable_file, root_key  # noqa: E402
+from vtpm.keeper import root_key  # noqa: E402
 from vtpm.platform_tpm.pcrs import PcrSelection  # noqa: E402
 from vtpm.platform_tpm.root_policy import PcrSet  # noqa: E402
 from vtpm.platform_tpm.sealed_blob import IndexRef, SealedBlob  # noqa: E402

@@ -1,4 +1,4 @@
-"""Small files that must not be lost: read whole or not at all, replaced whole or not at all. For the keeper alone."""
+"""Small files that must not be lost: read whole or not at all, replaced whole or not at all. For services."""
 
 from __future__ import annotations
 

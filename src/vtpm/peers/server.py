@@ -1,0 +1,242 @@
+"""Takes messages of peers: HTTP/1.1 over TLS 1.3, from those alone that show the certificate of a peer in the book.
+
+One exchange is POST /v1/migrations/UUID with a message as its body. Whoever connects has seconds to show a certificate,
+and a peer has seconds to say what it wants; neither holds up anybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Awaitable, Sequence
+from typing import Any, Protocol
+from uuid import UUID
+
+import h11
+
+from vtpm.errors import ProtocolError, UnavailableError, UsageError, VtpmError
+from vtpm.peers.answers import MAX_MESSAGE_BYTES, encode_error, encode_messages
+from vtpm.peers.book import Book, Peer
+from vtpm.peers.identity import HostIdentity, trust
+
+PATH = "/v1/migrations/"
+CONTENT_TYPE = "application/octet-stream"
+HANDSHAKE_S = 5.0
+REQUEST_S = 15.0
+"""How long a request may take to come whole, and an answer to be taken."""
+IDLE_S = 60.0
+"""How long a connection may wait for its next request."""
+MAX_HANDSHAKES = 64
+MAX_HANDSHAKES_OF_ONE = 8
+"""Of one address: strangers are told apart by nothing else."""
+MAX_CONNECTIONS_OF_ONE = 8
+"""Of one peer."""
+_MAX_HEADER_BYTES = 8 * 1024
+_READ_BYTES = 64 * 1024
+_BACKLOG = 64
+_TARGET = re.compile(rf"{PATH}([0-9a-f]{{8}}(?:-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})".encode())
+_log = logging.getLogger(__name__)
+
+
+class Handler(Protocol):
+    """Answers a peer's message."""
+
+    def __call__(self, peer: Peer, vtpm_id: UUID, message: bytes) -> Awaitable[Sequence[bytes]]:
+        """Return the messages that follow. Raises VtpmError: the peer hears it."""
+
+
+def listen(address: str) -> socket.socket:
+    """Return a listening socket; while privileges for a low port are still there.
+
+    Args:
+        address: HOST:PORT.
+    Raises:
+        UsageError: it is not of that form. UnavailableError: this host has no such address, or somebody has the port.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UsageError(f"migration_address {address!r} is not HOST:PORT")
+    try:
+        ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        return socket.create_server(where, family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise UnavailableError(
+            f"migration_address {address} cannot be listened on: {error.strerror}",
+            next_step="Set it to an address of this host and a port that nobody has",
+        ) from error
+
+
+class PeerServer:
+    """See the module.
+
+    Args:
+        listener: see `listen`; closed with the server.
+        identity: this host's.
+        book: read anew for each connection and each request.
+        handler: see Handler.
+    """
+
+    def __init__(self, listener: socket.socket, identity: HostIdentity, book: Book, handler: Handler) -> None:
+        listener.setblocking(False)
+        self._listener = listener
+        self._identity = identity
+        self._book = book
+        self._handler = handler
+        self._handshakes: Counter[str] = Counter()
+        self._connections: Counter[str] = Counter()
+        self._trusted: frozenset[str] = frozenset()
+        self._context: ssl.SSLContext | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Serve until cancelled; then every connection is closed."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    connection, address = await loop.sock_accept(self._listener)
+                except OSError as error:
+                    # Of this connection, or for want of descriptors: others go on, and this is tried again.
+                    _log.warning("a connection was not taken: %s", error)
+                    await asyncio.sleep(1)
+                    continue
+                self._admit(connection, str(address[0]))
+        finally:
+            self._listener.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _admit(self, connection: socket.socket, address: str) -> None:
+        if self._handshakes.total() >= MAX_HANDSHAKES or self._handshakes[address] >= MAX_HANDSHAKES_OF_ONE:
+            connection.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._connected(connection, address))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connected(self, connection: socket.socket, address: str) -> None:
+        self._handshakes[address] += 1
+        counted = True
+        try:
+            with contextlib.closing(connection):
+                try:
+                    reader, writer = await self._handshake(connection)
+                    peer = await self._who(writer)
+                except (TimeoutError, OSError, VtpmError) as error:
+                    _log.info("%s is not let in: %s", address, error)
+                    return
+                self._handshakes[address] -= 1
+                counted = False
+                await self._serve_peer(peer, reader, writer)
+        finally:
+            if counted:
+                self._handshakes[address] -= 1
+
+    async def _handshake(self, connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        loop = asyncio.get_running_loop()
+        context = await asyncio.to_thread(self._present_context)
+        reader = asyncio.StreamReader(limit=_READ_BYTES, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol, connection, ssl=context, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=1
+        )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    def _present_context(self) -> ssl.SSLContext:
+        """Return a context that takes the certificates in the book, and perhaps some that were removed since."""
+        certificates = frozenset(peer.certificate for peer in self._book.list())
+        if self._context is None:
+            self._context = self._identity.server_context()
+        for certificate in certificates - self._trusted:
+            trust(self._context, certificate)
+        self._trusted |= certificates
+        return self._context
+
+    async def _who(self, writer: asyncio.StreamWriter) -> Peer:
+        """Return the peer whose very certificate was shown. Raises ProtocolError: it is nobody's."""
+        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        peer = None if shown is None else await asyncio.to_thread(self._book.of_certificate, shown)
+        if peer is None:
+            writer.transport.abort()
+            raise ProtocolError("it shows a certificate of no peer")
+        return peer
+
+    async def _serve_peer(self, peer: Peer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections[peer.name] += 1
+        try:
+            if self._connections[peer.name] > MAX_CONNECTIONS_OF_ONE:
+                _log.warning("peer %s has more than %d connections", peer.name, MAX_CONNECTIONS_OF_ONE)
+                return
+            await self._requests(reader, writer)
+        except (OSError, TimeoutError, h11.ProtocolError, VtpmError) as error:
+            _log.info("peer %s: %s", peer.name, error or type(error).__name__)
+        finally:
+            self._connections[peer.name] -= 1
+            writer.transport.abort()
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADER_BYTES)
+        while True:
+            async with asyncio.timeout(IDLE_S):
+                first = await _event(http, reader)
+            if not isinstance(first, h11.Request):
+                return
+            async with asyncio.timeout(REQUEST_S):
+                vtpm_id, size = _asked(first)
+                message = await _body(http, reader, size)
+            # Again: it may have been removed from the book while its connection waited.
+            peer = await self._who(writer)
+            try:
+                answer = encode_messages(await self._handler(peer, vtpm_id, message))
+            except VtpmError as error:
+                answer = encode_error(error)
+            async with asyncio.timeout(REQUEST_S):
+                await _answer(http, writer, answer)
+            if http.our_state is h11.MUST_CLOSE:
+                writer.close()
+                return
+            http.start_next_cycle()
+
+
+def _asked(request: h11.Request) -> tuple[UUID, int]:
+    """Return which vTPM a request is about, and the size of its body. Raises ProtocolError: it is not of our form."""
+    target = _TARGET.fullmatch(request.target)
+    headers = dict(request.headers)
+    size = headers.get(b"content-length", b"")
+    if request.method != b"POST" or target is None:
+        raise ProtocolError("it asks for something that is not served here")
+    if b"transfer-encoding" in headers or b"expect" in headers or not size.isdigit() or len(size) > 8:
+        raise ProtocolError("its request has no plain length")
+    if not 0 < int(size) <= MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"its message has {int(size)} bytes, 1 to {MAX_MESSAGE_BYTES} go")
+    return UUID(target[1].decode()), int(size)
+
+
+async def _event(http: h11.Connection, reader: asyncio.StreamReader) -> Any:
+    while (event := http.next_event()) is h11.NEED_DATA:
+        http.receive_data(await reader.read(_READ_BYTES))
+    return event
+
+
+async def _body(http: h11.Connection, reader: asyncio.StreamReader, size: int) -> bytes:
+    body = bytearray()
+    while isinstance(event := await _event(http, reader), h11.Data):
+        body += event.data
+    if not isinstance(event, h11.EndOfMessage) or len(body) != size:
+        raise ProtocolError("its request ended early")
+    return bytes(body)
+
+
+async def _answer(http: h11.Connection, writer: asyncio.StreamWriter, answer: bytes) -> None:
+    headers = [("Content-Type", CONTENT_TYPE), ("Content-Length", str(len(answer)))]
+    for event in (h11.Response(status_code=200, headers=headers), h11.Data(data=answer), h11.EndOfMessage()):
+        data = http.send(event)
+        if data:
+            writer.write(data)
+    await writer.drain()
