@@ -50,6 +50,7 @@ class Config:
         fence_pcr: PCR, one of `pcrs`, that is extended once the root key is open; 0 for no fence.
         anchor: "each-commit", "interval", or "auto": the first for the embedded TPM, the second for hardware's wear.
         anchor_interval_s: seconds that an answered change waits for its anchor at most, in interval mode.
+        migration_address: HOST:PORT where vTPMs come from peers; empty: nobody is let in.
         uid_base: see decision record 5; used when started by root; 0 for what follows from state_dir.
         admin_uids: who, besides root, may see and do everything.
         create_gids: members of these groups (as their primary group) may have vTPMs of their own.
@@ -71,6 +72,7 @@ class Config:
     fence_pcr: int = 0
     anchor: str = "auto"
     anchor_interval_s: int = 60
+    migration_address: str = ""
     uid_base: int = 0
     admin_uids: tuple[int, ...] = ()
     create_gids: tuple[int, ...] = ()

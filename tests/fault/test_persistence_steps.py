@@ -38,6 +38,7 @@ FIRST_STEPS = _steps(f"""
     M mkdir .
     M mkdir launcher
     M mkdir vault
+    M mkdir peers
     M mkdir keeper
     K mkdir keeper
     E mkdir keeper/embedded-tpm

@@ -17,6 +17,7 @@ from vtpm.cli.images import image
 from vtpm.cli.launch_policy import allow_image, launches, list_images, retire_image
 from vtpm.cli.migration import adopt, migrate
 from vtpm.cli.output import Output, print_error
+from vtpm.cli.peers import peer
 from vtpm.cli.platform import policy, recover, recovery_key
 from vtpm.cli.run import run
 from vtpm.cli.session import json_option, socket_option
@@ -24,7 +25,7 @@ from vtpm.cli.vtpms import create, delete, list_vtpms, show, start, stop
 from vtpm.errors import UsageError, VtpmError
 
 _COMMANDS = (
-    *(status, create, start, stop, delete, list_vtpms, show, events, run, export, import_vtpm, migrate, adopt),
+    *(status, create, start, stop, delete, list_vtpms, show, events, run, export, import_vtpm, migrate, adopt, peer),
     *(policy, recovery_key, recover, image, shutdown, completion),
 )
 for _command in (list_images, allow_image, retire_image, launches):

@@ -48,6 +48,7 @@ from vtpm.wire.api import (
 )
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
+from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
 from vtpm.wire.paths import default_run_dir
 
 SOCKET_VARIABLE = "VTPM_SOCKET"
@@ -61,6 +62,7 @@ EVENTS_PER_PAGE = 100
 Vtpms: TypeAlias = list[Vtpm]
 AuditEvents: TypeAlias = list[AuditEvent]
 Migrations: TypeAlias = list[Migration]
+Peers: TypeAlias = list[PeerInfo]
 Images: TypeAlias = list[Image]
 # Aliases, for in the class below `list` is a method.
 Body: TypeAlias = (
@@ -72,6 +74,7 @@ Body: TypeAlias = (
     | RetireImage
     | MigrateVtpm
     | AdoptVtpm
+    | AddPeer
     | ConfirmRecoveryKey
     | RecoveryKeyText
     | ExportVtpm
@@ -237,6 +240,30 @@ class ManagerClient:
     def migrations(self) -> Migrations:
         """Return what this host holds of each vTPM that has moved, or is moving."""
         return decode(Migrations, self._request("GET", "/v1/migrations"), "the migrations")
+
+    def add_peer(self, name: str, url: str, certificate: str) -> PeerInfo:
+        """Name a host that vTPMs may move to and come from, or change what is known of it.
+
+        Args:
+            url: https://HOST:PORT.
+            certificate: PEM.
+        Raises:
+            UsageError: name, URL or certificate are none.
+            ConflictError: another peer has that URL or certificate, or there are as many as there can be.
+        """
+        return decode(PeerInfo, self._request("POST", "/v1/peers", AddPeer(name, url, certificate)), "the peer")
+
+    def peers(self) -> Peers:
+        """Return the hosts that vTPMs may move to and come from."""
+        return decode(Peers, self._request("GET", "/v1/peers"), "the peers")
+
+    def remove_peer(self, name: str) -> None:
+        """Name a peer no more. Raises NotFoundError: there is none of that name."""
+        self._request("DELETE", f"/v1/peers/{urllib.parse.quote(name, safe='')}")
+
+    def host_certificate(self) -> str:
+        """Return this host's own certificate, PEM, for its peers."""
+        return decode(HostCertificate, self._request("GET", "/v1/certificate"), "the certificate").certificate
 
     def import_backup(self, wanted: ImportBackup) -> Vtpm:
         """Make a vTPM of a backup; it is stopped.

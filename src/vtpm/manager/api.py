@@ -15,6 +15,7 @@ from vtpm.errors import UsageError, VtpmError
 from vtpm.manager.access import Caller
 from vtpm.manager.backups import BackupService
 from vtpm.manager.migrations import MigrationService
+from vtpm.manager.peering import Peering
 from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.wire.api import (
@@ -40,6 +41,7 @@ from vtpm.wire.api import (
 )
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
+from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
 
 MAX_BODY_BYTES = 16 * 1024
 MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
@@ -77,6 +79,7 @@ def make_app(
     platform: PlatformService,
     backups: BackupService,
     migrations: MigrationService,
+    peering: Peering,
     caller_of: Callable[[int, int], Caller],
     shut_down: Callable[[], None],
 ) -> FastAPI:
@@ -87,6 +90,7 @@ def make_app(
         platform: does the work on the root key.
         backups: does the work on backups.
         migrations: does the work on moves.
+        peering: does the work on peers.
         caller_of: says who a uid and gid is.
         shut_down: ends the host's services, once the reply to a shutdown is on its way.
     """
@@ -190,6 +194,22 @@ def make_app(
     @app.get("/v1/migrations", dependencies=vault)
     async def moves(who: By) -> list[Migration]:
         return list(await migrations.list(who))
+
+    @app.get("/v1/certificate", dependencies=vault)
+    async def certificate(who: By) -> HostCertificate:
+        return await peering.certificate(who)
+
+    @app.get("/v1/peers", dependencies=vault)
+    async def peers(who: By) -> list[PeerInfo]:
+        return list(await peering.list(who))
+
+    @app.post("/v1/peers", status_code=201, dependencies=vault)
+    async def add_peer(wanted: AddPeer, who: By) -> PeerInfo:
+        return await peering.add(wanted, who)
+
+    @app.delete("/v1/peers/{name:path}", status_code=204, dependencies=vault)
+    async def remove_peer(name: str, who: By) -> None:
+        await peering.remove(name, who)
 
     @app.post("/v1/import", status_code=201, dependencies=vault)
     async def import_backup(wanted: ImportBackup, who: By) -> Vtpm:

@@ -64,7 +64,7 @@ class Party:
 class Parties(Protocol):
     """Whom this host knows."""
 
-    def find(self, name: str) -> Party:
+    async def find(self, name: str) -> Party:
         """Return a peer by name or URL. Raises NotFoundError: nobody has named it here."""
 
 
@@ -107,7 +107,7 @@ class MigrationService:
             UnavailableError: the peer does not answer: as it was, or frozen until it does; the message says which.
         """
         caller.require_admin("move vTPMs")
-        party = self._parties.find(to)
+        party = await self._parties.find(to)
         async with self._vtpms.held(name, caller, Happening.MIGRATE) as record:
             try:
                 self._phases[record.id] = Phase.PROVING
@@ -156,7 +156,7 @@ class MigrationService:
         self._settled(known.vtpm_id)
         await self._vtpms.audit.came()
         try:
-            await self._converse(known.vtpm_id, self._parties.find(peer), sends)
+            await self._converse(known.vtpm_id, await self._parties.find(peer), sends)
         except VtpmError as error:
             # It asks, if it has anything, and hears then that this attempt is over.
             _log.info("%s: %s has not been told of the abort: %s", name, peer, error)
@@ -211,7 +211,7 @@ class MigrationService:
 
     async def _follow_up(self, known: KnownVtpm) -> None:
         try:
-            party = self._parties.find(known.holding.peer)
+            party = await self._parties.find(known.holding.peer)
             sends = await self._run(known.vtpm_id, self._mover.remind, known.vtpm_id)
             await self._converse(known.vtpm_id, party, sends)
         except VtpmError as error:

@@ -41,6 +41,7 @@ class Layout:
     """Directories and user ids of the services on this host."""
 
     vault_dir: Path
+    peers_dir: Path
     keeper_dir: Path
     launcher_dir: Path
     log_dir: Path
@@ -67,6 +68,7 @@ def lay_out(config: Config) -> Layout:
     manager_uid = base + MANAGER_UID_OFFSET if root else os.geteuid()
     layout = Layout(
         vault_dir=config.state_dir / "vault",
+        peers_dir=config.state_dir / "peers",
         keeper_dir=config.state_dir / "keeper",
         launcher_dir=config.state_dir / "launcher",
         log_dir=config.state_dir / "log",
@@ -79,6 +81,7 @@ def lay_out(config: Config) -> Layout:
     _make_directory(layout.log_dir, 0o700, None)
     _make_directory(layout.launcher_dir, 0o700, None)
     _make_directory(layout.vault_dir, 0o700, layout.manager_uid)
+    _make_directory(layout.peers_dir, 0o700, layout.manager_uid)
     _make_directory(layout.keeper_dir, 0o700, layout.keeper_uid)
     return layout
 

@@ -1,7 +1,8 @@
-"""The hosts that an operator has named as peers, one file each: name, where it is, and the certificate that it shows."""
+"""The hosts that an operator has named as peers, one file each: name, place, and the certificate that it shows."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -41,6 +42,11 @@ class Peer:
     def public_key(self) -> bytes:
         """SubjectPublicKeyInfo, DER."""
         return public_key_of(self.certificate)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate, DER, in hex."""
+        return hashlib.sha256(der_of(self.certificate)).hexdigest()
 
 
 def new_peer(name: str, url: str, certificate: str) -> Peer:

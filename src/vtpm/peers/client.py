@@ -18,6 +18,7 @@ from vtpm.peers.server import CONTENT_TYPE, PATH
 CONNECT_S = 10.0
 ANSWER_S = 90.0
 """How long a peer may take: quotes and anchors of a hardware TPM, and those before it in its queue."""
+_ADD_THERE = "Add this host there, with what `vtpm peer certificate` prints here"
 
 
 class PeerClient:
@@ -86,9 +87,12 @@ def _failed(peer: Peer, error: httpx.TransportError) -> AccessDeniedError | Unav
         if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
             return AccessDeniedError(
                 f"peer {peer.name} at {peer.url} does not take this host's certificate",
-                next_step="Add this host there, with what `vtpm peer certificate` prints here",
+                next_step=_ADD_THERE,
             )
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, httpx.RemoteProtocolError):
-        return UnavailableError(f"peer {peer.name} at {peer.url} ended the connection without an answer")
+    if not isinstance(error, httpx.ConnectError):
+        # Whether it heard who this is, its last word may be lost with the connection.
+        return UnavailableError(
+            f"peer {peer.name} at {peer.url} broke the connection off", next_step=f"If it does so again: {_ADD_THERE}"
+        )
     return UnavailableError(f"peer {peer.name} at {peer.url} cannot be reached: {error}")

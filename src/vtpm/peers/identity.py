@@ -78,7 +78,10 @@ class HostIdentity:
 
     def server_context(self) -> ssl.SSLContext:
         """Return a context for those who connect here; it trusts nobody yet (see `trust`)."""
-        return self._context(ssl.PROTOCOL_TLS_SERVER)
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        # No session is resumed: each connection shows its certificate.
+        context.num_tickets = 0
+        return context
 
     def client_context(self, certificate: str) -> ssl.SSLContext:
         """Return a context for connecting to the one host that has this certificate, PEM."""
@@ -93,8 +96,6 @@ class HostIdentity:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         context.set_alpn_protocols(_ALPN)
-        # No session is resumed: each connection shows its certificate.
-        context.num_tickets = 0
         context.load_cert_chain(
             os.fspath(self.folder / CERTIFICATE_FILE),
             os.fspath(self.folder / KEY_FILE),

@@ -11,6 +11,14 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     POST   /v1/vtpms/{name}/start        StartVtpm -> Vtpm
     POST   /v1/vtpms/{name}/stop         StopVtpm -> Vtpm
     POST   /v1/vtpms/{name}/export       ExportVtpm -> ExportedVtpm
+    POST   /v1/vtpms/{name}/migrate      MigrateVtpm -> Migration; returns once it is there, or is not to be
+    POST   /v1/vtpms/{name}/migrate/abort  Migration
+    POST   /v1/vtpms/{name}/adopt        AdoptVtpm -> Migration
+    GET    /v1/migrations                list of Migration: what has moved, or is moving
+    GET    /v1/certificate               HostCertificate
+    GET    /v1/peers                     list of PeerInfo
+    POST   /v1/peers                     AddPeer -> PeerInfo (201)
+    DELETE /v1/peers/{name}              (204)
     POST   /v1/import                    ImportBackup -> Vtpm (201); bodies up to 10 MiB, as the next
     POST   /v1/import/swtpm              ImportSwtpm -> Vtpm (201)
     GET    /v1/events?after=N&limit=N&wait_s=N   list of AuditEvent; waits up to wait_s (30 at most) for the first one

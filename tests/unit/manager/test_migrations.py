@@ -130,7 +130,7 @@ class _Known:
         self._link = link
         self._host = host
 
-    def find(self, name: str) -> Party:
+    async def find(self, name: str) -> Party:
         if name != self._host.other:
             raise NotFoundError(f"there is no peer {name}")
 
