@@ -51,6 +51,7 @@ class Config:
         anchor: "each-commit", "interval", or "auto": the first for the embedded TPM, the second for hardware's wear.
         anchor_interval_s: seconds that an answered change waits for its anchor at most, in interval mode.
         migration_address: HOST:PORT where vTPMs come from peers; empty: nobody is let in.
+        migration_retry_s: seconds after which a peer is asked again about a move that is not decided.
         uid_base: see decision record 5; used when started by root; 0 for what follows from state_dir.
         admin_uids: who, besides root, may see and do everything.
         create_gids: members of these groups (as their primary group) may have vTPMs of their own.
@@ -73,6 +74,7 @@ class Config:
     anchor: str = "auto"
     anchor_interval_s: int = 60
     migration_address: str = ""
+    migration_retry_s: int = 15
     uid_base: int = 0
     admin_uids: tuple[int, ...] = ()
     create_gids: tuple[int, ...] = ()

@@ -17,15 +17,26 @@ PLATFORM_POLICY = "platform-policy.toml"
 
 @dataclass
 class Peers:
-    """The two, by the names under which they are enrolled."""
+    """The two, by the names under which they are enrolled.
+
+    Args:
+        ports: where each lets the other in, on the loopback address.
+        folder: has what an operator carried between them.
+    """
 
     hosts: dict[str, Host]
     platforms: dict[str, SwtpmPlatform]
+    ports: dict[str, int]
+    folder: Path
 
-    @property
-    def both(self) -> tuple[Host, Host]:
-        """As they are named: host-a, host-b."""
-        return self.hosts["host-a"], self.hosts["host-b"]
+    def address(self, name: str) -> tuple[str, int]:
+        """Return where a host lets others in."""
+        return "127.0.0.1", self.ports[name]
+
+    def reach(self, name: str, other: str, port: int | None) -> None:
+        """Have one host reach the other at a port; None: its own."""
+        url = f"https://127.0.0.1:{port or self.ports[other]}"
+        self.hosts[name].cli("peer", "add", other, "--url", url, "--certificate", str(self.folder / f"{other}.pem"))
 
 
 def free_port() -> int:
@@ -43,23 +54,26 @@ def known_to_each_other(folder: Path) -> Iterator[Peers]:
         folder: for what an operator carries between them.
     """
     authority = folder / "authority"
+    # Services of other users read there what operators put there.
+    folder.chmod(0o755)
     with contextlib.ExitStack() as stack:
         platforms = {name: stack.enter_context(booted_platform()) for name in ("host-a", "host-b")}
+        ports = {name: free_port() for name in platforms}
         hosts: dict[str, Host] = {}
         for name, platform in platforms.items():
             own = folder / name
-            own.mkdir(mode=0o755)
-            (own / "authorities").mkdir(mode=0o755)
+            (own / "authorities").mkdir(mode=0o755, parents=True)
+            own.chmod(0o755)
             settings = (
-                f'migration_address = "127.0.0.1:{free_port()}"\n'
+                f'migration_address = "127.0.0.1:{ports[name]}"\nmigration_retry_s = 1\n'
                 f'platform_policy = "{own / PLATFORM_POLICY}"\nauthorities = "{own / "authorities"}"\n'
             )
-            hosts[name] = stack.enter_context(Host(platform.tcti, settings=settings, folder=None))
-        made = Peers(hosts, platforms)
+            hosts[name] = stack.enter_context(Host(platform.tcti, settings=settings))
+        made = Peers(hosts, platforms, ports, folder)
         hosts["host-a"].cli("authority", "new", str(authority), "--name", "test")
         for name, host in hosts.items():
             enrol(host, name, authority, folder)
-        introduce(made, folder)
+        introduce(made)
         yield made
 
 
@@ -71,19 +85,15 @@ def enrol(host: Host, name: str, authority: Path, folder: Path) -> None:
     host.cli("platform", "enroll", "--certificate", str(sealed))
 
 
-def introduce(peers: Peers, folder: Path) -> None:
+def introduce(peers: Peers) -> None:
     """Name each host to the other: where it is, its certificate, the authority, and what it must be."""
     policies = {name: host.cli("platform", "policy").stdout for name, host in peers.hosts.items()}
     for name, host in peers.hosts.items():
+        certificate = peers.folder / f"{name}.pem"
+        certificate.write_text(host.cli("peer", "certificate").stdout)
+    for name in peers.hosts:
         (other,) = peers.hosts.keys() - {name}
-        own = folder / name
-        (own / "authorities" / "test.pem").write_bytes((folder / "authority" / "authority.pem").read_bytes())
+        own = peers.folder / name
+        (own / "authorities" / "test.pem").write_bytes((peers.folder / "authority" / "authority.pem").read_bytes())
         (own / PLATFORM_POLICY).write_text(policies[other])
-        certificate = folder / f"{other}.pem"
-        certificate.write_text(peers.hosts[other].cli("peer", "certificate").stdout)
-        (address,) = (
-            line.partition(" = ")[2].strip('"')
-            for line in peers.hosts[other].config.read_text().splitlines()
-            if line.startswith("migration_address")
-        )
-        host.cli("peer", "add", other, "--url", f"https://{address}", "--certificate", str(certificate))
+        peers.reach(name, other, None)

@@ -36,7 +36,6 @@ from vtpm.wire.migration import (
     encode_message,
 )
 
-REMIND_S = 15.0
 MAX_EXCHANGES = 16
 """Of one conversation: no attempt has as many messages."""
 MAX_TROUBLES = 1024
@@ -85,7 +84,7 @@ class MigrationService:
         mover: Mover,
         parties: Parties,
         threads: CallThreads,
-        remind_s: float = REMIND_S,
+        remind_s: float,
     ) -> None:
         self._vtpms = vtpms
         self._mover = mover
@@ -96,6 +95,8 @@ class MigrationService:
         self._phases: dict[VtpmId, Phase] = {}
         self._troubles: dict[VtpmId, str] = {}
         self._undecided = asyncio.Event()
+        # What an earlier manager left is looked at first.
+        self._undecided.set()
 
     # -- what operators ask ------------------------------------------------------------------------------------------
     async def migrate(self, name: str, to: str, caller: Caller) -> Migration:

@@ -41,6 +41,7 @@ from vtpm.wire.api import (
 )
 from vtpm.wire.api_images import AllowedImage, Image, Launch, Launches
 from vtpm.wire.api_migrations import Migration, Phase
+from vtpm.wire.api_peers import HostCertificate, PeerInfo
 
 UUID_1 = UUID("6ad77c2a-96b5-4b26-8c8d-2f9ba4e8a4fe")
 VM_UUID = UUID("0d5a6f5e-3a52-4a2c-9c0d-55f0a6a4b1aa")
@@ -91,6 +92,8 @@ BACKUP = b"a backup"
 IMAGE = Image("process", "ab" * 32, "first", "0.9.2", "allowed", "2026-07-01T10:00:00Z", ["web1", "web2"])
 MOVED = Migration(UUID_1, "web1", "moved", 2, "host-b", Phase.OVER, "")
 LEAVING = Migration(VM_UUID, "web2", "frozen", 4, "host-c", Phase.UNDECIDED, "host-c does not answer")
+PEER = PeerInfo("host-b", "https://192.0.2.7:8000", "ee" * 32)
+CERTIFICATE = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 LAUNCHES = Launches(
     bank="sha256",
     pcr=12,
@@ -227,6 +230,14 @@ class CannedManager:
                 sealed_to = "" if body["passphrase"] else FINGERPRINT
                 encoded = base64.b64encode(BACKUP).decode()
                 return 200, ExportedVtpm(name, found.uuid, found.epoch, "2026-07-01T10:00:00Z", sealed_to, encoded)
+            case ["GET", "peers"]:
+                return 200, [PEER]
+            case ["POST", "peers"]:
+                return 201, replace(PEER, name=body["name"], url=body["url"])
+            case ["DELETE", "peers", _]:
+                return 204, None
+            case ["GET", "certificate"]:
+                return 200, HostCertificate(CERTIFICATE)
             case ["GET", "migrations"]:
                 return 200, self.migrations
             case ["POST", "vtpms", name, "migrate"]:
