@@ -66,17 +66,21 @@ class CutLink:
             thread.join(_WAIT_S)
 
     def _pass_on(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError), socket.create_connection(self._target, _WAIT_S) as server:
-            with selectors.DefaultSelector() as ready:
-                ready.register(client, selectors.EVENT_READ, server)
-                ready.register(server, selectors.EVENT_READ, client)
-                while events := ready.select(_WAIT_S):
-                    for key, _ in events:
-                        assert isinstance(key.fileobj, socket.socket)
-                        data = key.fileobj.recv(_POLL_BYTES)
-                        if not data or not self._may_pass(len(data), answers=key.fileobj is server):
-                            return
-                        key.data.sendall(data)
+        with (
+            client,
+            contextlib.suppress(OSError),
+            socket.create_connection(self._target, _WAIT_S) as server,
+            selectors.DefaultSelector() as ready,
+        ):
+            ready.register(client, selectors.EVENT_READ, server)
+            ready.register(server, selectors.EVENT_READ, client)
+            while events := ready.select(_WAIT_S):
+                for key, _ in events:
+                    assert isinstance(key.fileobj, socket.socket)
+                    data = key.fileobj.recv(_POLL_BYTES)
+                    if not data or not self._may_pass(len(data), answers=key.fileobj is server):
+                        return
+                    key.data.sendall(data)
 
     def _may_pass(self, count: int, *, answers: bool) -> bool:
         with self._lock:

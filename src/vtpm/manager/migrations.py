@@ -23,6 +23,7 @@ from vtpm.migration.mover import Channel, Mover
 from vtpm.migration.steps import Send
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.holding import KnownVtpm, Right
+from vtpm.wire.allowance import Allowance
 from vtpm.wire.api_migrations import Migration, Phase
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.migration import (
@@ -31,11 +32,15 @@ from vtpm.wire.migration import (
     FromSource,
     MigrationMessage,
     Mode,
+    Propose,
     Refuse,
     decode_message,
     encode_message,
 )
 
+PROPOSALS_AT_ONCE = 20
+PROPOSALS_PER_S = 1.0
+"""Of one peer: each takes the platform TPM the time of a quote, and saves of all vTPMs need that TPM too."""
 MAX_EXCHANGES = 16
 """Of one conversation: no attempt has as many messages."""
 MAX_TROUBLES = 1024
@@ -67,6 +72,14 @@ class Parties(Protocol):
         """Return a peer by name or URL. Raises NotFoundError: nobody has named it here."""
 
 
+class _Turn:
+    """Lets calls about one vTPM go one after the other; takers hold it or wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.takers = 0
+
+
 class MigrationService:
     """See the module.
 
@@ -91,7 +104,8 @@ class MigrationService:
         self._parties = parties
         self._threads = threads
         self._remind_s = remind_s
-        self._turns: dict[VtpmId, asyncio.Lock] = {}
+        self._turns: dict[VtpmId, _Turn] = {}
+        self._proposals: dict[str, Allowance] = {}
         self._phases: dict[VtpmId, Phase] = {}
         self._troubles: dict[VtpmId, str] = {}
         self._undecided = asyncio.Event()
@@ -183,6 +197,8 @@ class MigrationService:
         """
         await self._vtpms.door.opened()
         message = _decoded(body)
+        if isinstance(message, Propose) and not self._allowance(peer).take():
+            raise UnavailableError(f"{peer} proposes too many vTPMs at once", next_step="Try again in a minute")
         try:
             sends = await self._run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
         except VtpmError as error:
@@ -257,8 +273,20 @@ class MigrationService:
         raise ProtocolError(f"{party.name} answers without end")
 
     async def _run(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
-        async with self._turns.setdefault(vtpm_id, asyncio.Lock()):
-            return await self._threads.run(call, *args)
+        turn = self._turns.setdefault(vtpm_id, _Turn())
+        turn.takers += 1
+        try:
+            async with turn.lock:
+                return await self._threads.run(call, *args)
+        finally:
+            turn.takers -= 1
+            if not turn.takers:
+                # A peer may name vTPMs without end.
+                self._turns.pop(vtpm_id, None)
+
+    def _allowance(self, peer: str) -> Allowance:
+        # As many as there are peers in the book, and have been since this manager began.
+        return self._proposals.setdefault(peer, Allowance(PROPOSALS_AT_ONCE, PROPOSALS_PER_S))
 
     def _settled(self, vtpm_id: VtpmId) -> None:
         self._vtpms.look_again(vtpm_id)

@@ -1,7 +1,7 @@
 """Two hosts' services, each with a platform TPM of its own: a vTPM goes between them whatever is killed or cut.
 
-After each round exactly one of the two has the vTPM, with the value that its guest wrote last and the endorsement key that
-it was made with.
+After each round exactly one of the two has the vTPM, with the value that its guest wrote and the endorsement key that it
+has had from the beginning.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def test_exactly_one_host_has_it_whole_when_the_link_is_cut_at_any_message(vtpm:
     vtpm.kept = vtpm.moved = 0
     source = vtpm.holder()
     (other,) = set(NAMES) - {source}
-    # Handshake and request of each message go over a connection of their own: these fall in front of, in and behind each.
+    # Each message has a connection of its own: a cut falls in front of, in or behind a handshake or a message.
     with CutLink(vtpm.peers.address(other)) as link:
         vtpm.peers.reach(source, other, link.port)
         for count in itertools.count(1, CUT_BYTES):

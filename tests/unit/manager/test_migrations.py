@@ -23,14 +23,16 @@ from vtpm.errors import (
 )
 from vtpm.manager.access import Caller
 from vtpm.manager.lifecycle import Happening, after
-from vtpm.manager.migrations import MigrationService, Party
+from vtpm.manager.migrations import PROPOSALS_AT_ONCE, MigrationService, Party
 from vtpm.manager.service import ManagerService
+from vtpm.migration.mover import NO_VM
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.records import VtpmRecord
 from vtpm.vault.store import Store
 from vtpm.wire.api import LifeState
 from vtpm.wire.api_migrations import Migration, Phase
 from vtpm.wire.call_threads import CallThreads
+from vtpm.wire.migration import Mode, Propose, encode_message
 
 T = TypeVar("T")
 ROOT = Caller(0, 0, is_admin=True)
@@ -306,3 +308,20 @@ def test_peer_is_told_to_wait_when_the_vault_is_not_open(link: Link) -> None:
     with pytest.raises(UnavailableError, match="not open yet"):
         run(link.services["a"].migrate("web1", "b", ROOT))
     assert link.hosts["a"].usable(record.id)
+
+
+def test_peer_is_told_to_come_later_when_it_proposes_without_end(link: Link) -> None:
+    b, channel = link.services["b"], link.hosts["b"].channel
+
+    def proposal() -> tuple[VtpmId, bytes]:
+        vtpm_id = new_record().id
+        return vtpm_id, encode_message(Propose(vtpm_id, NO_VM, 1, Mode.STOPPED, bytes(32)))
+
+    for _ in range(PROPOSALS_AT_ONCE):
+        run(b.receive("a", *proposal(), channel))
+    with pytest.raises(UnavailableError, match="too many vTPMs"):
+        for _ in range(PROPOSALS_AT_ONCE):
+            run(b.receive("a", *proposal(), channel))
+    # Another has its own, and nothing is remembered of all those that were named.
+    assert run(b.receive("c", *proposal(), channel))
+    assert not b._turns
