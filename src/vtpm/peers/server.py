@@ -116,27 +116,22 @@ class PeerServer:
         if self._handshakes.total() >= MAX_HANDSHAKES or self._handshakes[address] >= MAX_HANDSHAKES_OF_ONE:
             connection.close()
             return
+        self._handshakes[address] += 1
         task = asyncio.get_running_loop().create_task(self._connected(connection, address))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _connected(self, connection: socket.socket, address: str) -> None:
-        self._handshakes[address] += 1
-        counted = True
-        try:
-            with contextlib.closing(connection):
-                try:
-                    reader, writer = await self._handshake(connection)
-                    peer = await self._who(writer)
-                except (TimeoutError, OSError, VtpmError) as error:
-                    _log.info("%s is not let in: %s", address, error)
-                    return
+        with contextlib.closing(connection):
+            try:
+                reader, writer = await self._handshake(connection)
+                peer = await self._who(writer)
+            except (OSError, VtpmError) as error:
+                _log.info("%s is not let in: %s", address, error)
+                return
+            finally:
                 self._handshakes[address] -= 1
-                counted = False
-                await self._serve_peer(peer, reader, writer)
-        finally:
-            if counted:
-                self._handshakes[address] -= 1
+            await self._serve_peer(peer, reader, writer)
 
     async def _handshake(self, connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
@@ -200,6 +195,8 @@ class PeerServer:
                 await _answer(http, writer, answer)
             if http.our_state is h11.MUST_CLOSE:
                 writer.close()
+                async with asyncio.timeout(REQUEST_S):
+                    await writer.wait_closed()
                 return
             http.start_next_cycle()
 

@@ -1,7 +1,7 @@
 """Two hosts' services, each with a platform TPM of its own: a vTPM goes between them whatever is killed or cut.
 
 After each round exactly one of the two has the vTPM, with the value that its guest wrote and the endorsement key that it
-has had from the beginning.
+had from the beginning.
 """
 
 from __future__ import annotations
