@@ -25,6 +25,7 @@ from vtpm.manager.platform import PlatformService
 from vtpm.manager.service import ManagerService
 from vtpm.manager.services import Layout, lay_out, make_run_dir, start_services
 from vtpm.manager.storage import Storage, anchor_policy, open_storage
+from vtpm.peers.port import listen
 from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import Event
 from vtpm.wire.api import MANAGER_SOCKET
@@ -51,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         layout = lay_out(config)
         # Whoever connects is known by SO_PEERCRED, and what they may do follows from that.
         listener = bind_unix_socket(config.run_dir / MANAGER_SOCKET, socket.SOCK_STREAM, mode=0o666)
+        peers_listener = listen(config.migration_address) if config.migration_address else None
         if start_services(config, layout) and sys.pycache_prefix:
             # While its compiled form can still be kept: that takes root, and nobody waits for this manager yet.
             _load_api()
         lock_memory()
         become("vtpm-managerd", layout.manager_uid, layout.manager_gid)
         forbid_dumps()
-        asyncio.run(_serve(config, layout, listener))
+        asyncio.run(_serve(config, layout, listener, peers_listener))
         del lock
     except VtpmError as error:
         _log.error("%s", error)
@@ -65,16 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _serve(config: Config, layout: Layout, listener: socket.socket) -> None:
+async def _serve(config: Config, layout: Layout, listener: socket.socket, peers_listener: socket.socket | None) -> None:
     def open_vault(accepting: Event | None) -> Storage:
         return open_storage(layout.vault_dir, config.run_dir, anchor_policy(config), accepting)
 
     new_images = NewImages.ALLOW if config.allows_new_images else NewImages.REFUSE
     service = ManagerService(config.run_dir, config.state_dir, open_vault, measured_services(config), new_images)
+    moving = None
     try:
         await service.begin()
         # Slow to load, so that what runs has been taken up by now, and its saves are answered meanwhile.
-        api, http_server = await asyncio.to_thread(_load_api)
+        api, http_server, moves = await asyncio.to_thread(_load_api)
         ending, shut_down = asyncio.Event(), asyncio.Event()
         admins = {0, os.geteuid(), *config.admin_uids}
 
@@ -88,9 +91,12 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
         keeper, threads = KeeperClient(config.run_dir), CallThreads("keeper-admin", 1)
         platform = PlatformService(keeper, threads, service.audit.append, service.door.open)
         backups = BackupService(keeper, threads, service)
-        server = http_server.ApiServer(api.make_app(service, platform, backups, caller_of, end_all))
+        moving = moves.Moving(config, layout, service, peers_listener)
+        app = api.make_app(service, platform, backups, moving.migrations, moving.peering, caller_of, end_all)
+        server = http_server.ApiServer(app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         serving.add_done_callback(lambda _: ending.set())
+        moving.begin()
         ready()
         _log.info("ready: %s", config.run_dir / MANAGER_SOCKET)
         await end_when_signalled((signal.SIGTERM, signal.SIGINT), ending)
@@ -99,13 +105,15 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket) -> Non
         if shut_down.is_set():
             await service.end_services()
     finally:
+        if moving is not None:
+            await moving.end()
         await service.end()
 
 
-def _load_api() -> tuple[ModuleType, ModuleType]:
-    from vtpm.manager import api, http_server
+def _load_api() -> tuple[ModuleType, ModuleType, ModuleType]:
+    from vtpm.manager import api, http_server, moving
 
-    return api, http_server
+    return api, http_server, moving
 
 
 if __name__ == "__main__":

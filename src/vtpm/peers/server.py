@@ -19,7 +19,7 @@ from uuid import UUID
 
 import h11
 
-from vtpm.errors import ProtocolError, UnavailableError, UsageError, VtpmError
+from vtpm.errors import ProtocolError, VtpmError
 from vtpm.peers.answers import MAX_MESSAGE_BYTES, encode_error, encode_messages
 from vtpm.peers.book import Book, Peer
 from vtpm.peers.identity import HostIdentity, trust
@@ -38,7 +38,6 @@ MAX_CONNECTIONS_OF_ONE = 8
 """Of one peer."""
 _MAX_HEADER_BYTES = 8 * 1024
 _READ_BYTES = 64 * 1024
-_BACKLOG = 64
 _TARGET = re.compile(rf"{PATH}([0-9a-f]{{8}}(?:-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})".encode())
 _log = logging.getLogger(__name__)
 
@@ -48,27 +47,6 @@ class Handler(Protocol):
 
     def __call__(self, peer: Peer, vtpm_id: UUID, message: bytes) -> Awaitable[Sequence[bytes]]:
         """Return the messages that follow. Raises VtpmError: the peer hears it."""
-
-
-def listen(address: str) -> socket.socket:
-    """Return a listening socket; while privileges for a low port are still there.
-
-    Args:
-        address: HOST:PORT.
-    Raises:
-        UsageError: it is not of that form. UnavailableError: this host has no such address, or somebody has the port.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise UsageError(f"migration_address {address!r} is not HOST:PORT")
-    try:
-        ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        return socket.create_server(where, family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise UnavailableError(
-            f"migration_address {address} cannot be listened on: {error.strerror}",
-            next_step="Set it to an address of this host and a port that nobody has",
-        ) from error
 
 
 class PeerServer:

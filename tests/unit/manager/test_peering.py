@@ -19,7 +19,7 @@ from vtpm.manager.migrations import MigrationService
 from vtpm.manager.peering import Peering
 from vtpm.manager.service import ManagerService
 from vtpm.migration.mover import Channel
-from vtpm.peers.server import listen
+from vtpm.peers.port import listen
 from vtpm.vault.records import Event
 from vtpm.wire.api_peers import AddPeer
 from vtpm.wire.call_threads import CallThreads

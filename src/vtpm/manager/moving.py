@@ -1,0 +1,61 @@
+"""All of the manager that moves vTPMs between hosts, put together. Slow to load; the manager's alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Coroutine
+from typing import Any
+
+from vtpm.config import Config
+from vtpm.manager.ground import HostGround
+from vtpm.manager.migrations import MigrationService
+from vtpm.manager.peering import Peering
+from vtpm.manager.service import ManagerService
+from vtpm.manager.services import Layout
+from vtpm.manager.unenrolled import Unenrolled
+from vtpm.migration.mover import Mover
+from vtpm.wire.call_threads import CallThreads
+from vtpm.wire.keeper import KeeperClient
+
+KEEPER_TIMEOUT_S = 60.0
+"""Of a quote or key that a move asks for: a hardware TPM takes its time, and others are before it."""
+THREADS = 4
+"""How many vTPMs' moves may be waited for at once."""
+_log = logging.getLogger("vtpm.manager")
+
+
+class Moving:
+    """See the module. Made in the manager's loop.
+
+    Args:
+        listener: where peers come; None: nobody is let in.
+    """
+
+    def __init__(self, config: Config, layout: Layout, vtpms: ManagerService, listener: socket.socket | None) -> None:
+        keeper = KeeperClient(config.run_dir, timeout_s=KEEPER_TIMEOUT_S)
+        ground = HostGround(asyncio.get_running_loop(), vtpms.door, keeper, vtpms.launcher)
+        self.peering = Peering(layout.peers_dir, KeeperClient(config.run_dir), vtpms.audit.append)
+        self.migrations = MigrationService(
+            vtpms, Mover(ground, Unenrolled()), self.peering, CallThreads("mover", THREADS), config.migration_retry_s
+        )
+        self._listener = listener
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def begin(self) -> None:
+        """Follow up what is not decided, and let peers in."""
+        self._begin(self.migrations.follow())
+        if self._listener is not None:
+            self._begin(self.peering.serve(self._listener, self.migrations))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def end(self) -> None:
+        """Let go of everything."""
+        for task in self._tasks:
+            task.cancel()
+        for done in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(done, Exception):
+                _log.error("moves between hosts had ended: %s", done, exc_info=done)

@@ -1,0 +1,30 @@
+"""The port where peers come, made while privileges for a low one are there. Imports nothing that is slow to load."""
+
+from __future__ import annotations
+
+import socket
+
+from vtpm.errors import UnavailableError, UsageError
+
+_BACKLOG = 64
+
+
+def listen(address: str) -> socket.socket:
+    """Return a listening socket.
+
+    Args:
+        address: HOST:PORT.
+    Raises:
+        UsageError: it is not of that form. UnavailableError: this host has no such address, or somebody has the port.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UsageError(f"migration_address {address!r} is not HOST:PORT")
+    try:
+        ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        return socket.create_server(where, family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise UnavailableError(
+            f"migration_address {address} cannot be listened on: {error.strerror}",
+            next_step="Set it to an address of this host and a port that nobody has",
+        ) from error
