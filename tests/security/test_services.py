@@ -258,6 +258,14 @@ def test_openapi_document_names_every_route_when_asked_for(raw: httpx.Client) ->
     assert document["openapi"].startswith("3.")
     assert {(path, method) for path, operations in document["paths"].items() for method in operations} == {
         ("/v1/status", "get"),
+        ("/v1/certificate", "get"),
+        ("/v1/migrations", "get"),
+        ("/v1/peers", "get"),
+        ("/v1/peers", "post"),
+        ("/v1/peers/{name}", "delete"),
+        ("/v1/vtpms/{name}/adopt", "post"),
+        ("/v1/vtpms/{name}/migrate", "post"),
+        ("/v1/vtpms/{name}/migrate/abort", "post"),
         ("/v1/vtpms", "get"),
         ("/v1/vtpms", "post"),
         ("/v1/vtpms/{name}", "get"),
