@@ -79,6 +79,12 @@ STEPS = _steps(f"""
     K write keeper/recovery.public.next
     K fsync keeper/recovery.public.next
     K rename keeper/recovery.public.next
+    M unlink peers/other-host.json.next
+    M write peers/other-host.json.next
+    M fsync peers/other-host.json.next
+    M rename peers/other-host.json.next
+    M unlink peers/other-host.json
+    M fsync peers
     M link vault/vtpm.db
     M unlink vault/vtpm.db.new*
     M fdatasync vault

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tests.fault.writer import TpmGone, Writer, data_socket
 from tests.support.host import Host
+from tests.support.tls import certificate_of
 from vtpm.client.manager_client import ManagerClient
 from vtpm.errors import VtpmError
 from vtpm.wire.api import LifeState
 
 VTPM = "web"
+PEER = "other-host"
 WRITES = 3
 SETTLE_TIMEOUT_S = 20.0
 _LABEL = "next-"
@@ -27,11 +29,13 @@ class Operations:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._certificate = certificate_of(PEER)
         self._writer: Writer | None = None
         self._number = 0
         # Names and labels that were answered, and whether they must be there. What was under way is not in them.
         self._vtpms: dict[str, bool] = {}
         self._labels: dict[str, bool] = {}
+        self._peers: dict[str, bool] = {}
         # Fingerprint of the recovery key; None while it may be one that was made and never shown.
         self._recovery: str | None = ""
 
@@ -46,6 +50,7 @@ class Operations:
             with self._host.client() as client:
                 self._allow_and_drop(client, f"{_LABEL}{self._number}")
                 self._make_recovery_key(client)
+                self._add_and_remove_peer(client)
                 self._make_and_delete(client, f"other-{self._number}")
                 self._write(client)
                 client.stop(VTPM)
@@ -64,6 +69,7 @@ class Operations:
             self._recovery = status.platform.recovery
             _check_names(self._vtpms, {vtpm.name for vtpm in client.list()})
             _check_names(self._labels, {found.label for found in client.policy().sets})
+            _check_names(self._peers, {peer.name for peer in client.peers()})
             ids = [event.id for event in client.all_events()]
             assert ids == list(range(1, len(ids) + 1))
             if self._writer is not None:
@@ -125,6 +131,14 @@ class Operations:
             self._labels.pop(label, None)
             client.policy_drop(label)
             self._labels[label] = False
+
+    def _add_and_remove_peer(self, client: ManagerClient) -> None:
+        self._peers.pop(PEER, None)
+        client.add_peer(PEER, "https://192.0.2.1:8000", self._certificate)
+        self._peers[PEER] = True
+        del self._peers[PEER]
+        client.remove_peer(PEER)
+        self._peers[PEER] = False
 
     def _make_recovery_key(self, client: ManagerClient) -> None:
         self._recovery = None
