@@ -26,7 +26,7 @@ from vtpm.tpm.types import TpmVersion, VtpmId
 from vtpm.vault.anchor import AnchorMode, AnchorPolicy
 from vtpm.vault.records import DomainKind, Event, VtpmRecord
 from vtpm.vault.store import Store
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 
 WRITERS = (1, 8, 32)
 DURATION_S = 6.0

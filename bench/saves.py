@@ -30,7 +30,8 @@ from bench.figures import percentile
 from bench.instant_keeper import instant_keeper
 from bench.peers import ours
 from vtpm.vault.anchor import AnchorMode
-from vtpm.wire.keeper import AnchorState, KeeperClient
+from vtpm.wire.keeper import AnchorState
+from vtpm.wire.keeper_client import KeeperClient
 
 LIMIT_US = 500.0
 """What our own code may spend of a save, at the median."""

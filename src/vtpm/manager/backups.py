@@ -30,7 +30,7 @@ from vtpm.vault.passphrase import Passphrase
 from vtpm.vault.records import DomainKind, Event, PermitState, SavedState, VtpmRecord, valid_name
 from vtpm.wire.api import ExportedVtpm, ExportVtpm, ImportBackup, ImportSwtpm, Vtpm
 from vtpm.wire.call_threads import CallThreads
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 
 MAX_SOURCE_CHARS = 4096
 _IMPORTED_AS = DomainKind.PROCESS

@@ -18,7 +18,7 @@ from vtpm.secret import Secret
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.vault.store import Store
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.launcher import LauncherStatus, NoArgs
 
 PATIENCE_S = 30.0

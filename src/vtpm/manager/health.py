@@ -12,7 +12,8 @@ from vtpm.errors import VtpmError
 from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.storage import VaultDoor
 from vtpm.wire.call_threads import CallThreads, SharedCall
-from vtpm.wire.keeper import KeeperClient, KeeperStatus
+from vtpm.wire.keeper import KeeperStatus
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.launcher import LauncherStatus, NoArgs
 
 LIMIT_S = 1.6

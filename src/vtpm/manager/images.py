@@ -37,7 +37,7 @@ from vtpm.vault.records import DomainKind, Event, VtpmRecord
 from vtpm.vault.store import Store
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launch, Launches, RetireImage
 from vtpm.wire.call_threads import CallThreads
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.launcher import InstanceInfo, KindArgs, Measured
 
 MEASURE_TIMEOUT_S = 60.0

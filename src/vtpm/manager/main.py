@@ -31,7 +31,7 @@ from vtpm.vault.records import Event
 from vtpm.wire.api import MANAGER_SOCKET
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.daemon import end_when_signalled, ready, set_up_logging
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.packet_socket import ServiceLock
 from vtpm.wire.unix_socket import bind_unix_socket
 

@@ -17,7 +17,7 @@ from vtpm.manager.services import Layout
 from vtpm.manager.unenrolled import Unenrolled
 from vtpm.migration.mover import Mover
 from vtpm.wire.call_threads import CallThreads
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 
 KEEPER_TIMEOUT_S = 60.0
 """Of a quote or key that a move asks for: a hardware TPM takes its time, and others are before it."""

@@ -21,7 +21,7 @@ from vtpm.peers.server import PeerServer
 from vtpm.secret import Secret
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 
 RETRY_S = 5.0
 """How long a port stays closed whose key does not open: the keeper may have no root key yet."""

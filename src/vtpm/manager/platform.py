@@ -16,7 +16,8 @@ from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.vault.records import Event
 from vtpm.wire.api import AllowPcrs, ConfirmRecoveryKey, NewRecoveryKey, PcrSet, Policy, RecoveryKeyText
 from vtpm.wire.call_threads import CallThreads
-from vtpm.wire.keeper import KeeperClient, PolicyState
+from vtpm.wire.keeper import PolicyState
+from vtpm.wire.keeper_client import KeeperClient
 
 
 class PlatformService:

@@ -36,7 +36,7 @@ from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_
 from vtpm.vault.store import Store
 from vtpm.wire.api import CreateVtpm, LifeState, Lockout, MeasuredServices, ShutDown, Status, Vtpm
 from vtpm.wire.call_threads import CallThreads
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.launcher import (
     Ended,
     InstanceInfo,

@@ -27,7 +27,8 @@ from vtpm.config import (
 from vtpm.confine.interpreter import ENVIRONMENT, cache_options
 from vtpm.errors import UnavailableError, UsageError
 from vtpm.wire.daemon import make_directory
-from vtpm.wire.keeper import KeeperClient, check_platform
+from vtpm.wire.keeper import check_platform
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.launcher import LAUNCHER, LAUNCHER_SOCKET, NoArgs
 from vtpm.wire.packet_socket import PacketClient
 

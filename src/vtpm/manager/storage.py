@@ -21,7 +21,8 @@ from vtpm.vault.root_record import AnchorValue
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
 from vtpm.vault.vault import Vault
-from vtpm.wire.keeper import AnchorState, KeeperClient
+from vtpm.wire.keeper import AnchorState
+from vtpm.wire.keeper_client import KeeperClient
 
 ANCHOR_TIMEOUT_S = 5.0
 """Of one exchange about the anchor; a save that waits for it has given up by then."""

@@ -10,7 +10,8 @@ from typing import Protocol
 from vtpm.config import Config
 from vtpm.errors import ConflictError, UnavailableError
 from vtpm.platform_tpm.pcrs import PcrBank, PcrSelection
-from vtpm.wire.keeper import KeeperClient, PcrState, check_platform
+from vtpm.wire.keeper import PcrState, check_platform
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.service_lock import ServiceLock
 
 _POLL_S = 0.05

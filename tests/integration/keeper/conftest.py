@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.processes import KeeperProcess, short_directory
 from tests.support.swtpm import SwtpmPlatform
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 
 StartKeeper = Callable[..., KeeperProcess]
 Connect = Callable[[KeeperProcess], KeeperClient]

@@ -305,7 +305,7 @@ def test_keeper_serves_another_user_when_started_in_roots_run_directory(director
     code = """
 import sys, uuid
 from pathlib import Path
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 client = KeeperClient(Path(sys.argv[1]))
 vtpm_id = uuid.uuid4()
 made = client.new_key(vtpm_id)

@@ -20,7 +20,8 @@ from tests.support.processes import KeeperProcess, run_as_other_user
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.errors import AccessDeniedError, PlatformTpmError, StateError, UnavailableError, VtpmError
 from vtpm.tpm.types import VtpmId
-from vtpm.wire.keeper import KEEPER_SOCKET, KeeperClient, PlatformKind, Protection
+from vtpm.wire.keeper import KEEPER_SOCKET, PlatformKind, Protection
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.service import MAX_PACKET_BYTES
 
 pytestmark = pytest.mark.timeout(60)

@@ -21,7 +21,8 @@ from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import Secret
 from vtpm.tpm.types import VtpmId
-from vtpm.wire.keeper import AnchorState, KeeperClient, NewKey
+from vtpm.wire.keeper import AnchorState, NewKey
+from vtpm.wire.keeper_client import KeeperClient
 
 pytestmark = pytest.mark.timeout(90)
 

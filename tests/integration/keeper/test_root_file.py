@@ -26,7 +26,8 @@ from vtpm.platform_tpm.root_policy import ZeroPcrs
 from vtpm.platform_tpm.sealed_blob import SealedBlob
 from vtpm.recovery_key import RecoveryKey
 from vtpm.tpm.types import VtpmId
-from vtpm.wire.keeper import AnchorState, KeeperClient
+from vtpm.wire.keeper import AnchorState
+from vtpm.wire.keeper_client import KeeperClient
 
 pytestmark = pytest.mark.timeout(60)
 

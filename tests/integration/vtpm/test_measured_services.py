@@ -296,7 +296,7 @@ def test_all_code_in_the_services_memory_is_in_the_closure(platform: SwtpmPlatfo
 def test_manager_may_not_extend_what_it_was_measured_into(platform: SwtpmPlatform) -> None:
     code = (
         "import sys; from pathlib import Path; from vtpm.errors import AccessDeniedError\n"
-        "from vtpm.wire.keeper import KeeperClient\n"
+        "from vtpm.wire.keeper_client import KeeperClient\n"
         "client = KeeperClient(Path(sys.argv[1])); print(client.services_pcr().pcr)\n"
         "try: client.measure_services(bytes(32))\n"
         "except AccessDeniedError: print('refused')\n"

@@ -23,7 +23,7 @@ from vtpm.peers.port import listen
 from vtpm.vault.records import Event
 from vtpm.wire.api_peers import AddPeer
 from vtpm.wire.call_threads import CallThreads
-from vtpm.wire.keeper import KeeperClient
+from vtpm.wire.keeper_client import KeeperClient
 
 
 class Keeper:

@@ -16,7 +16,8 @@ from vtpm.recovery_key import RecoveryKey
 from vtpm.vault.records import Event
 from vtpm.wire.api import AllowPcrs, ConfirmRecoveryKey
 from vtpm.wire.call_threads import CallThreads
-from vtpm.wire.keeper import KeeperClient, PolicyState
+from vtpm.wire.keeper import PolicyState
+from vtpm.wire.keeper_client import KeeperClient
 
 ROOT = Caller(uid=0, gid=0, is_admin=True)
 PUBLIC = RecoveryKey.generate().public

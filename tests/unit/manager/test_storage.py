@@ -10,7 +10,8 @@ import pytest
 from vtpm.errors import ConflictError, StateError, UnavailableError
 from vtpm.manager.storage import KeeperAnchor, Storage, VaultDoor
 from vtpm.vault.root_record import AnchorValue
-from vtpm.wire.keeper import AnchorState, KeeperClient
+from vtpm.wire.keeper import AnchorState
+from vtpm.wire.keeper_client import KeeperClient
 
 MINE = AnchorValue(5, b"m" * 32)
 

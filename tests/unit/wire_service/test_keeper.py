@@ -12,16 +12,8 @@ import pytest
 
 from vtpm.errors import StateError, UnavailableError
 from vtpm.tpm.types import VtpmId
-from vtpm.wire.keeper import (
-    KEEPER,
-    KEEPER_SOCKET,
-    KeeperClient,
-    KeeperStatus,
-    Key,
-    NewKey,
-    PlatformKind,
-    Protection,
-)
+from vtpm.wire.keeper import KEEPER, KEEPER_SOCKET, KeeperStatus, Key, NewKey, PlatformKind, Protection
+from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.packet_socket import AsyncPacketServer, Peer, ServiceLock
 
 pytestmark = pytest.mark.timeout(20)
