@@ -226,7 +226,7 @@ class Custody:
     # -- policy -----------------------------------------------------------------------------------------------------
     def policy(self) -> tuple[PcrSets, PcrSet]:
         """Return the sets that may open the root key, and the PCRs as they are now (a fence's as it was before)."""
-        return self._ask(lambda tpm: (tpm.allowed(self.root.blob, self.root.secret), self._now(tpm)))
+        return self.ask(lambda tpm: (tpm.allowed(self.root.blob, self.root.secret), self._now(tpm)))
 
     def allow(self, label: str, values: tuple[bytes, ...]) -> None:
         """Let one more set of PCR values open the root key. Raises as PlatformTpm.allow, and StoreError."""
@@ -245,7 +245,7 @@ class Custody:
             )
             self._root = RootKey(root.secret, blob, root.opened_by)
 
-        self._ask(allow)
+        self.ask(allow)
 
     def drop(self, label: str) -> None:
         """Let a set open the root key no more. Raises as PlatformTpm.drop, and StoreError."""
@@ -254,7 +254,7 @@ class Custody:
             root = self.root
             self._root = RootKey(root.secret, tpm.drop(root.blob, root.secret, label, self._save), root.opened_by)
 
-        self._ask(drop)
+        self.ask(drop)
 
     def _now(self, tpm: PlatformTpm) -> PcrSet:
         opened_by = self.root.opened_by
@@ -307,7 +307,7 @@ class Custody:
             PlatformTpmError: the TPM does not answer, and this keeper has not seen the launch in the PCR.
             StoreError: as Launches.measure.
         """
-        launches = self._launches_of_open_root()
+        launches = self.launches_of_open_root()
         # The count is that of the last connection; a TPM that is reset under one is found out by its sessions.
         if not launches.known(launch, self._reset_count):
             # Harmless if it is done twice: the log tells whether the first time came to its end.
@@ -315,10 +315,11 @@ class Custody:
 
     def launches(self) -> tuple[Launches, Held]:
         """Return the log of launches beside its PCR. Raises as measure_launch."""
-        launches = self._launches_of_open_root()
+        launches = self.launches_of_open_root()
         return launches, self._ask_any(launches.look)
 
-    def _launches_of_open_root(self) -> Launches:
+    def launches_of_open_root(self) -> Launches:
+        """Return where launches are measured. Raises ConflictError: nowhere; VtpmError: the root key is locked."""
         launches = self._launches
         if launches is None:
             raise ConflictError(
@@ -343,11 +344,11 @@ class Custody:
 
     def read_anchor(self) -> Anchor:
         """Return what the platform TPM holds. Raises PlatformTpmError."""
-        return self._ask(lambda _: self._open_anchor().read())
+        return self.ask(lambda _: self._open_anchor().read())
 
     def write_anchor(self, anchor: Anchor) -> None:
         """Write a newer anchor. Raises ConflictError, PlatformTpmError as AnchorIndex.write."""
-        self._ask(lambda _: self._open_anchor().write(anchor))
+        self.ask(lambda _: self._open_anchor().write(anchor))
         self.anchor_writes += 1
 
     @property
@@ -388,7 +389,7 @@ class Custody:
         finally:
             self._busy.release()
 
-    def _ask(self, call: Callable[[PlatformTpm], T]) -> T:
+    def ask(self, call: Callable[[PlatformTpm], T]) -> T:
         """Have the TPM do something for an open root key; once more if it has gone and is back."""
         _ = self.root
         return self._ask_any(call)

@@ -8,6 +8,7 @@ it is used. For the keeper alone; `Custody` calls it in turn, with the TPM in ha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,32 @@ class Launches:
         if standing(log, value) is Standing.OTHER:
             return Held(log, value, f"PCR {self.pcr} does not hold what the log leads to: {log.value.hex()}")
         return Held(log, value, _doubt(log))
+
+    def shown(self, tpm: PlatformTpm) -> LaunchLog:
+        """Return the log of this boot as far as the PCR holds it; it ends with a gap where that is something else.
+
+        Changes neither. Where there is no log, it begins with what the PCR holds.
+
+        Raises:
+            ConflictError: there is no room for the gap.
+            PlatformTpmError: the TPM does not answer.
+            StateError: the log cannot be read.
+        """
+        value, reset_count = self._held(tpm)
+        try:
+            log = self._read()
+        except ProtocolError as error:
+            _log.error("%s is not shown: %s", self.path, error)
+            log = None
+        if log is None or log.reset_count != reset_count:
+            return LaunchLog(self._bank, self.pcr, reset_count, value)
+        match standing(log, value):
+            case Standing.CURRENT:
+                return log
+            case Standing.PENDING:
+                return dataclasses.replace(log, entries=log.entries[:-1])
+            case Standing.OTHER:
+                return log.followed_by(Gap(value))
 
     def _settled(self, tpm: PlatformTpm) -> tuple[LaunchLog, bytes]:
         """Return a log that leads to what the PCR holds, or will once its last entry is extended."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from vtpm.errors import AccessDeniedError, ProtocolError, UsageError, VtpmError
 from vtpm.keeper import wrapping
+from vtpm.keeper.attesting import Attesting
 from vtpm.keeper.custody import Custody
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import RootKey
@@ -22,7 +23,9 @@ from vtpm.tpm.launch_log import Gap, Launch
 from vtpm.tpm.types import VtpmId
 from vtpm.wire.call_threads import CallThreads, SharedCall
 from vtpm.wire.keeper import (
+    ActivatedSecret,
     AnchorState,
+    Credential,
     KeeperStatus,
     Key,
     LaunchArgs,
@@ -69,6 +72,7 @@ class KeeperService:
         self._selection = selection
         self._threads = CallThreads("tpm", TPM_THREADS)
         self._looking: SharedCall[str] = SharedCall(lambda: self._threads.run(self._look), "the platform TPM")
+        self._attesting = attesting = Attesting(custody)
         self._blocking: Mapping[str, Callable[[Any, Peer], Any]] = {
             "anchor_key": lambda _args, _peer: Key(custody.anchor_key().reveal()),
             "channel_key": lambda _args, _peer: Key(custody.channel_key().reveal()),
@@ -81,6 +85,9 @@ class KeeperService:
             "measure_services": self._measure,
             "measure_launch": self._measure_launch,
             "launches": lambda _args, _peer: self._launches(),
+            "identity": lambda _args, _peer: attesting.identity(),
+            "quote": lambda args, _peer: attesting.quote(args),
+            "activate": self._activate,
             "new_recovery_key": lambda _args, _peer: RecoveryText(custody.new_recovery_key().to_text()),
             "confirm_recovery_key": self._confirm_recovery_key,
             "recovery_public_key": self._recovery_public_key,
@@ -186,6 +193,11 @@ class KeeperService:
             doubt=held.doubt,
             log=str(launches.path),
         )
+
+    def _activate(self, args: Credential, peer: Peer) -> ActivatedSecret:
+        secret = self._attesting.activate(args)
+        _log.info("activated a credential for process %d", peer.pid)
+        return secret
 
     def _recover(self, args: RecoveryText, _peer: Peer) -> Recovered:
         return Recovered(self._custody.recover(args.text))

@@ -37,6 +37,10 @@ from vtpm.secret import Secret
 # Buffers of TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET in tpm2-tss.
 _MAX_CREDENTIAL_BYTES = 132
 _MAX_ENCRYPTED_SECRET_BYTES = 512
+_CERTIFICATE_INDEX = 0x01C0000A
+_MAX_CERTIFICATE_BYTES = 4096
+_NV_READ_BYTES = 512
+"""TPM_PT_NV_BUFFER_MAX is at least this (PC Client Platform TPM Profile)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,47 @@ def identity(connection: Connection) -> Identity:
         ek = bytes(endorsement.publicArea.marshal())
     with _attestation_key(connection) as (_, attestation):
         return Identity(ek, bytes(attestation.publicArea.marshal()))
+
+
+def endorsement_certificate(connection: Connection) -> bytes:
+    """Return the manufacturer's certificate of the endorsement key as it lies in NV memory; empty when none does.
+
+    Source: TCG EK Credential Profile for TPM Family 2.0, 2.2.1.4: index 0x01C0000A for template L-2, read with an empty
+    authValue. Some manufacturers fill up the index behind the certificate.
+    """
+    esapi = connection.esapi
+    try:
+        index = esapi.tr_from_tpmpublic(_CERTIFICATE_INDEX)
+    except TSS2_Exception as error:
+        if faults.tpm_code(error) != faults.RC_HANDLE:
+            raise
+        return b""
+    public, _ = esapi.nv_read_public(index)
+    size = int(public.nvPublic.dataSize)
+    if size > _MAX_CERTIFICATE_BYTES:
+        return b""
+    found = b""
+    try:
+        while len(found) < size:
+            found += bytes(esapi.nv_read(index, min(size - len(found), _NV_READ_BYTES), len(found)))
+    except TSS2_Exception as error:
+        if faults.tpm_code(error) in {
+            *faults.NOT_OUR_INDEX,
+            faults.RC_AUTH_UNAVAILABLE,
+        }:  # not written, or not for all to read
+            return b""
+        raise
+    return _without_filling(found)
+
+
+def _without_filling(found: bytes) -> bytes:
+    """Return the DER SEQUENCE at the beginning; empty when there is none that is whole."""
+    # Of 128 bytes to 64 KiB, as certificates are: ITU-T X.690, 8.1.3.5.
+    if found[:1] != b"\x30" or found[1:2] not in (b"\x81", b"\x82"):
+        return b""
+    head = 2 + found[1] - 0x80
+    size = head + int.from_bytes(found[2:head], "big")
+    return found[:size] if size <= len(found) else b""
 
 
 def quote(connection: Connection, selection: PcrSelection, extra: bytes) -> SignedAttest:

@@ -170,6 +170,15 @@ class PlatformTpm:
         """Return the public areas of endorsement key and attestation key."""
         return self._connection.run("say who it is", lambda: attestation.identity(self._connection))
 
+    def endorsement_certificate(self) -> bytes:
+        """Return the manufacturer's certificate of the endorsement key, X.509 in DER; empty when the TPM has none.
+
+        Nothing vouches for it but itself. What lies there and is larger than a certificate is taken for none.
+        """
+        return self._connection.run(
+            "give its certificate", lambda: attestation.endorsement_certificate(self._connection)
+        )
+
     def quote(self, selection: PcrSelection, extra: bytes) -> SignedAttest:
         """Return a quote over PCRs, signed by the attestation key.
 

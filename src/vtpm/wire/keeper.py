@@ -26,6 +26,15 @@ MAX_LAUNCHES = 256
 """Of one log; as vtpm.tpm.launch_log.MAX_ENTRIES."""
 MAX_KIND_CHARS = 16
 MAX_MEASUREMENT_CHARS = 64
+EXTRA_BYTES = 32
+"""Of a quote's qualifying data: a digest over all that must not be substituted."""
+MAX_PUBLIC_BYTES = 512
+MAX_ATTEST_BYTES = 2048
+MAX_EK_CERTIFICATE_BYTES = 4096
+MAX_CREDENTIAL_BYTES = 512
+MAX_SECRET_BYTES = 64
+MAX_LAUNCH_LOG_BYTES = 44_000
+"""MAX_LAUNCHES entries of the longest kind in the larger bank; in base64 a packet holds it beside a quote."""
 
 
 class PlatformKind(enum.StrEnum):
@@ -239,6 +248,70 @@ class Key:
         _check_key(self.key)
 
 
+@dataclass(frozen=True)
+class PlatformIdentity:
+    """The keys that the platform is known by.
+
+    Args:
+        endorsement, attestation: public areas, TPMT_PUBLIC.
+        certificate: of the endorsement key, as the manufacturer has put it into NV memory; empty when there is none.
+    """
+
+    endorsement: Annotated[bytes, MaxLength(MAX_PUBLIC_BYTES)]
+    attestation: Annotated[bytes, MaxLength(MAX_PUBLIC_BYTES)]
+    certificate: Annotated[bytes, MaxLength(MAX_EK_CERTIFICATE_BYTES)]
+
+
+@dataclass(frozen=True)
+class QuoteArgs:
+    """What to quote.
+
+    Args:
+        extra: qualifying data.
+        bank: of the PCRs.
+        pcrs: indexes, ascending.
+    """
+
+    extra: Annotated[bytes, MaxLength(EXTRA_BYTES)]
+    bank: Annotated[str, MaxLength(16)]
+    pcrs: Annotated[tuple[int, ...], MaxLength(MAX_PCRS)]
+
+    def __post_init__(self) -> None:
+        if len(self.extra) != EXTRA_BYTES:
+            raise ProtocolError(f"a quote's qualifying data has {EXTRA_BYTES} bytes, this has {len(self.extra)}")
+
+
+@dataclass(frozen=True)
+class QuotedPcrs:
+    """A quote, and what it is over.
+
+    Args:
+        attest, signature: TPMS_ATTEST and TPMT_SIGNATURE.
+        values: of the PCRs, in the order in which they were asked for; the quote's digest is over these.
+        launch_log: as `tpm.launch_log` encodes it; it accounts for what the launches' PCR held.
+    """
+
+    attest: Annotated[bytes, MaxLength(MAX_ATTEST_BYTES)]
+    signature: Annotated[bytes, MaxLength(MAX_PUBLIC_BYTES)]
+    values: Annotated[tuple[Annotated[bytes, MaxLength(MAX_PCR_BYTES)], ...], MaxLength(MAX_PCRS)]
+    launch_log: Annotated[bytes, MaxLength(MAX_LAUNCH_LOG_BYTES)]
+
+
+@dataclass(frozen=True)
+class Credential:
+    """Contents of a TPM2B_ID_OBJECT and a TPM2B_ENCRYPTED_SECRET."""
+
+    credential: Annotated[bytes, MaxLength(MAX_CREDENTIAL_BYTES)]
+    encrypted_secret: Annotated[bytes, MaxLength(MAX_CREDENTIAL_BYTES)]
+
+
+@dataclass(frozen=True)
+class ActivatedSecret:
+    """What a credential held."""
+
+    secret: Annotated[bytes, MaxLength(MAX_SECRET_BYTES)] = field(repr=False)
+
+
 def _check_key(key: bytes) -> None:
     if len(key) != VTPM_KEY_BYTES:
         raise ProtocolError(f"a vTPM's key has {VTPM_KEY_BYTES} bytes, this one has {len(key)}")
@@ -259,6 +332,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "measure_services": Operation(args=PcrDigest, result=PcrState),
     "measure_launch": Operation(args=LaunchArgs, result=NoArgs),
     "launches": Operation(args=NoArgs, result=LaunchState),
+    "identity": Operation(args=NoArgs, result=PlatformIdentity),
+    "quote": Operation(args=QuoteArgs, result=QuotedPcrs),
+    "activate": Operation(args=Credential, result=ActivatedSecret),
     "new_recovery_key": Operation(args=NoArgs, result=RecoveryText),
     "confirm_recovery_key": Operation(args=RecoveryText, result=NoArgs),
     "recovery_public_key": Operation(args=NoArgs, result=RecoveryText),

@@ -9,7 +9,9 @@ from vtpm.tpm.types import VtpmId
 from vtpm.wire.keeper import (
     KEEPER,
     KEEPER_SOCKET,
+    ActivatedSecret,
     AnchorState,
+    Credential,
     KeeperStatus,
     Key,
     LaunchArgs,
@@ -19,9 +21,12 @@ from vtpm.wire.keeper import (
     NoArgs,
     PcrDigest,
     PcrState,
+    PlatformIdentity,
     PolicyLabel,
     PolicySet,
     PolicyState,
+    QuoteArgs,
+    QuotedPcrs,
     Recovered,
     RecoveryText,
     UnwrapKeyArgs,
@@ -170,6 +175,40 @@ class KeeperClient:
         """Return the log of launches of this boot, held against its PCR. Raises as measure_launch."""
         state: LaunchState = self._call("launches", NoArgs())
         return state
+
+    def identity(self) -> PlatformIdentity:
+        """Return the keys that the platform is known by.
+
+        Raises:
+            PlatformTpmError: the platform TPM does not answer, or the root key is not open.
+            UnavailableError: the keeper does not answer.
+        """
+        known: PlatformIdentity = self._call("identity", NoArgs())
+        return known
+
+    def quote(self, extra: bytes, bank: str, pcrs: tuple[int, ...]) -> QuotedPcrs:
+        """Return a quote by the attestation key, and what it is over.
+
+        Args:
+            extra: qualifying data, EXTRA_BYTES bytes.
+            pcrs: indexes, ascending.
+        Raises:
+            UsageError: no such bank, or no PCRs that can be selected.
+            ConflictError: launches are not measured.
+            PlatformTpmError, UnavailableError: as identity.
+        """
+        quoted: QuotedPcrs = self._call("quote", QuoteArgs(extra, bank, pcrs))
+        return quoted
+
+    def activate(self, credential: bytes, encrypted_secret: bytes) -> bytes:
+        """Return the secret of a credential that was made for this platform's two keys together.
+
+        Raises:
+            AttestationError: it was made for another platform or another key, or is malformed.
+            PlatformTpmError, UnavailableError: as identity.
+        """
+        activated: ActivatedSecret = self._call("activate", Credential(credential, encrypted_secret))
+        return activated.secret
 
     def new_recovery_key(self) -> str:
         """Make a recovery key, escrow the root key to it, and return its text. One made before opens it too, until this

@@ -203,3 +203,28 @@ def test_launch_is_refused_when_the_log_is_full(keeper: Keeper) -> None:
     with pytest.raises(ConflictError, match="which is the most"):
         keeper.measure(TWO)
     assert keeper.accounts()
+
+
+def test_shown_log_accounts_for_the_pcr_whatever_became_of_it(keeper: Keeper) -> None:
+    def shown() -> LaunchLog:
+        log = keeper.launches.shown(keeper.tpm)  # type: ignore[arg-type]
+        assert decode(encode(log), BANK, 12) == log
+        assert (log.value, log.reset_count) == (keeper.tpm.value, keeper.tpm.resets)
+        return log
+
+    assert shown() == LaunchLog(BANK, 12, 7, bytes(32))
+    keeper.measure(ONE)
+    assert shown().entries == (ONE,)
+    keeper.tpm.before = killed
+    with pytest.raises(KilledError):
+        keeper.measure(TWO)
+    keeper.restart()
+    before = keeper.launches.path.read_bytes()
+    assert shown().entries == (ONE,)
+    keeper.tpm.extend(12, PcrBank.SHA256, bytes(32))
+    assert shown().entries == (ONE, TWO, Gap(keeper.tpm.value))
+    assert keeper.launches.path.read_bytes() == before
+    keeper.launches.path.write_bytes(b"no log")
+    assert shown() == LaunchLog(BANK, 12, 7, keeper.tpm.value)
+    keeper.tpm.reset()
+    assert shown() == LaunchLog(BANK, 12, 8, bytes(32))
