@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss import TPM2B_NAME, TPM2B_PUBLIC, TPMT_PUBLIC
-from tpm2_pytss.utils import make_credential
+from tpm2_pytss.utils import make_credential as make_by_tss
 
 from tests.contract.conftest import Tpm
 from tests.support.processes import short_directory
@@ -23,6 +23,7 @@ from vtpm.migration.verifier import verify_evidence
 from vtpm.platform_tpm.pcrs import DEFAULT_PCRS, PcrBank, PcrSelection
 from vtpm.platform_tpm.platform_tpm import PlatformTpm
 from vtpm.tpm.attest import MAX_EXTRA_BYTES, read_quote, read_signing_key, verify_signature
+from vtpm.tpm.credential import make_credential, read_endorsement_key
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 from vtpm.tpm.launch_log import LaunchLog
 from vtpm.tpm.launch_log import encode as encode_log
@@ -31,12 +32,13 @@ from vtpm.wire.evidence import Evidence, decode_evidence, encode_evidence
 pytestmark = pytest.mark.timeout(60)
 NONCE = bytes(range(32))
 SECRET = bytes(range(100, 132))
+_TOOLS_HEAD = bytes.fromhex("badcc0de00000001")
 
 
 def credential_for(endorsement: bytes, name: bytes, secret: bytes = SECRET) -> tuple[bytes, bytes]:
     """What TPM2_MakeCredential gives, made by tpm2-pytss in software."""
     area, _ = TPMT_PUBLIC.unmarshal(endorsement)
-    sealed, encrypted = make_credential(TPM2B_PUBLIC(publicArea=area), secret, TPM2B_NAME(name))
+    sealed, encrypted = make_by_tss(TPM2B_PUBLIC(publicArea=area), secret, TPM2B_NAME(name))
     return bytes(sealed), bytes(encrypted)
 
 
@@ -94,6 +96,59 @@ def test_secret_comes_out_when_the_credential_is_for_both_keys(platform: Platfor
     mine = platform.identity()
     name = read_signing_key(mine.attestation).name
     assert platform.activate(*credential_for(mine.endorsement, name)).reveal() == SECRET
+
+
+def test_secret_comes_out_when_vtpm_has_made_the_credential(platform: PlatformTpm) -> None:
+    mine = platform.identity()
+    name = read_signing_key(mine.attestation).name
+    endorsement = read_endorsement_key(mine.endorsement)
+    made = make_credential(endorsement, name, SECRET)
+    assert platform.activate(made.credential, made.encrypted_secret).reveal() == SECRET
+    other = make_credential(endorsement, name[:-1] + bytes([name[-1] ^ 1]), SECRET)
+    with pytest.raises(AttestationError, match="for another platform or another key"):
+        platform.activate(other.credential, other.encrypted_secret)
+
+
+def test_credential_is_that_of_tpm2_tools_both_ways(tpm: Tpm, platform: PlatformTpm, directory: Path) -> None:
+    def tool(*words: str) -> None:
+        done = subprocess.run([words[0], "-T", tpm.tcti, *words[1:]], cwd=directory, capture_output=True, timeout=20)
+        assert done.returncode == 0, (words, done.stderr)
+
+    mine = platform.identity()
+    name = read_signing_key(mine.attestation).name
+    endorsement = read_endorsement_key(mine.endorsement)
+    (directory / "secret").write_bytes(SECRET)
+    (directory / "ek").write_bytes(len(mine.endorsement).to_bytes(2, "big") + mine.endorsement)
+    platform.close()
+    tool("tpm2_makecredential", "-u", "ek", "-s", "secret", "-n", name.hex(), "-o", "theirs")
+    sealed, encrypted = _of_tools((directory / "theirs").read_bytes())
+    with PlatformTpm(tpm.tcti) as again:
+        assert again.activate(sealed, encrypted).reveal() == SECRET
+    tool("tpm2_createek", "-G", "ecc", "-c", "ek.ctx", "-u", "ek.pub")
+    assert (directory / "ek.pub").read_bytes() == (directory / "ek").read_bytes()
+    tool("tpm2_flushcontext", "-t")
+    tool("tpm2_createak", "-C", "ek.ctx", "-c", "ak.ctx", "-G", "ecc", "-g", "sha256", "-s", "ecdsa", "-n", "ak.name")
+    tool("tpm2_flushcontext", "-t")
+    made = make_credential(endorsement, (directory / "ak.name").read_bytes(), SECRET)
+    parts = (len(part).to_bytes(2, "big") + part for part in (made.credential, made.encrypted_secret))
+    (directory / "ours").write_bytes(_TOOLS_HEAD + b"".join(parts))
+    tool("tpm2_startauthsession", "--policy-session", "-S", "session")
+    tool("tpm2_policysecret", "-S", "session", "-c", "e")
+    activate = ("-c", "ak.ctx", "-C", "ek.ctx", "-P", "session:session", "-i", "ours", "-o", "opened")
+    tool("tpm2_activatecredential", *activate)
+    assert (directory / "opened").read_bytes() == SECRET
+
+
+def _of_tools(data: bytes) -> tuple[bytes, bytes]:
+    """The two parts of a credential as tpm2-tools write it."""
+    assert data.startswith(_TOOLS_HEAD)
+    rest, parts = data[len(_TOOLS_HEAD) :], []
+    while rest:
+        size = 2 + int.from_bytes(rest[:2], "big")
+        parts.append(rest[2:size])
+        rest = rest[size:]
+    sealed, encrypted = parts
+    return sealed, encrypted
 
 
 def test_secret_stays_in_when_the_credential_is_for_another_key_or_platform(

@@ -11,14 +11,21 @@ from hypothesis import strategies as st
 from tests.fuzz import effort
 from tests.fuzz.mutations import spoiled
 from tests.unit.tpm.attest_examples import attest, public_area, quote_body, sign, sized
+from tests.unit.tpm.ek_examples import endorsement_area
 from vtpm.errors import AttestationError
 from vtpm.tpm.attest import read_certification, read_quote, read_signing_key, verify_signature
+from vtpm.tpm.credential import read_endorsement_key
 
 NAME = sized(b"\x00\x0b" + bytes(32))
 QUOTE = attest(quote_body())
 KEY = read_signing_key(public_area())
 _READERS = st.sampled_from(
-    [(read_signing_key, public_area()), (read_quote, QUOTE), (read_certification, attest(NAME + NAME, kind=0x8017))]
+    [
+        (read_signing_key, public_area()),
+        (read_endorsement_key, endorsement_area()),
+        (read_quote, QUOTE),
+        (read_certification, attest(NAME + NAME, kind=0x8017)),
+    ]
 )
 
 

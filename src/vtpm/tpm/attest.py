@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from vtpm.errors import AttestationError
 from vtpm.tpm.event_log import PCR_COUNT
 from vtpm.tpm.hash_algorithms import BY_IDENTIFIER, HashAlgorithm
+from vtpm.tpm.structure import MAX_STRUCTURE_BYTES, Reader
 
-MAX_ATTEST_BYTES = 2048
+MAX_ATTEST_BYTES = MAX_STRUCTURE_BYTES
 MAX_EXTRA_BYTES = 64
 """Bound on qualifying data: the largest digest of a TPM (TPM2B_DATA)."""
 
@@ -133,39 +134,6 @@ class Certification(Attested):
     name: bytes
 
 
-class _Reader:
-    def __init__(self, what: str, data: bytes) -> None:
-        if len(data) > MAX_ATTEST_BYTES:
-            raise AttestationError(f"{what} has {len(data)} bytes, at most {MAX_ATTEST_BYTES} go")
-        self._what = what
-        self._data = data
-        self._at = 0
-
-    def take(self, size: int) -> bytes:
-        if len(self._data) - self._at < size:
-            raise AttestationError(f"{self._what} is cut off")
-        self._at += size
-        return self._data[self._at - size : self._at]
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "big")
-
-    def sized(self, most: int) -> bytes:
-        size = self.number(2)
-        if size > most:
-            raise AttestationError(f"{self._what} has a field of {size} bytes, at most {most} go")
-        return self.take(size)
-
-    def expect(self, size: int, value: int, noun: str) -> None:
-        found = self.number(size)
-        if found != value:
-            raise AttestationError(f"{self._what} has {noun} 0x{found:x}, wanted is 0x{value:x}")
-
-    def end(self) -> None:
-        if self._at != len(self._data):
-            raise AttestationError(f"{self._what} has {len(self._data) - self._at} bytes too many")
-
-
 def read_signing_key(public: bytes) -> SigningKey:
     """Read the public area of a key that signs.
 
@@ -174,7 +142,7 @@ def read_signing_key(public: bytes) -> SigningKey:
     Raises:
         AttestationError: it is anything but ECC P-256 with ECDSA and SHA-256, or no point of the curve.
     """
-    reader = _Reader("the public area", public)
+    reader = Reader("the public area", public)
     reader.expect(2, _ALG_ECC, "the type")
     reader.expect(2, _ALG_SHA256, "the name algorithm")
     attributes = reader.number(4)
@@ -200,7 +168,7 @@ def verify_signature(key: SigningKey, attest: bytes, signature: bytes) -> None:
     Raises:
         AttestationError: it is not this key's over these bytes, or is no ECDSA signature with SHA-256.
     """
-    reader = _Reader("the signature", signature)
+    reader = Reader("the signature", signature)
     reader.expect(2, _ALG_ECDSA, "the algorithm")
     reader.expect(2, _ALG_SHA256, "the hash")
     r, s = (int.from_bytes(reader.sized(_COORDINATE_BYTES), "big") for _ in range(2))
@@ -217,7 +185,7 @@ def read_quote(attest: bytes) -> Quote:
     Raises:
         AttestationError: it was not made by a TPM, is no quote, is malformed, or its digest is not SHA-256's size.
     """
-    reader = _Reader("the quote", attest)
+    reader = Reader("the quote", attest)
     common = _read_common(reader, _ST_QUOTE)
     count = reader.number(4)
     if count > len(BY_IDENTIFIER):
@@ -234,7 +202,7 @@ def read_certification(attest: bytes) -> Certification:
     Raises:
         AttestationError: as read_quote.
     """
-    reader = _Reader("the certification", attest)
+    reader = Reader("the certification", attest)
     common = _read_common(reader, _ST_CERTIFY)
     name = reader.sized(_MAX_NAME_BYTES)
     reader.sized(_MAX_NAME_BYTES)
@@ -242,7 +210,7 @@ def read_certification(attest: bytes) -> Certification:
     return Certification(**vars(common), name=name)
 
 
-def _read_common(reader: _Reader, kind: int) -> Attested:
+def _read_common(reader: Reader, kind: int) -> Attested:
     reader.expect(4, _GENERATED, "the magic")
     reader.expect(2, kind, "the type")
     reader.sized(_MAX_NAME_BYTES)
@@ -251,7 +219,7 @@ def _read_common(reader: _Reader, kind: int) -> Attested:
     return Attested(extra, reset_count, restart_count, safe == 1, firmware)
 
 
-def _read_selection(reader: _Reader) -> tuple[HashAlgorithm, tuple[int, ...]]:
+def _read_selection(reader: Reader) -> tuple[HashAlgorithm, tuple[int, ...]]:
     algorithm = BY_IDENTIFIER.get(identifier := reader.number(2))
     size = reader.number(1)
     if algorithm is None or size > PCR_COUNT // 8:
