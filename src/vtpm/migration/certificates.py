@@ -32,7 +32,7 @@ MAX_NAME_CHARS = 64
 _KIND_PREFIX = "urn:vtpm:platform:"
 _KEY_PREFIX = "urn:vtpm:key:"
 _SKEW = timedelta(minutes=5)
-_MALFORMED = (
+MALFORMED = (
     ValueError,
     TypeError,
     UnsupportedAlgorithm,
@@ -134,20 +134,39 @@ def verify(
                 )
         if not signer.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
             raise AttestationError("what signed the platform's certificate is no authority")
-        if _encoded(read.public_key()) != _encoded(key.key):
-            raise AttestationError("the platform's certificate is of another key")
-        purposes = read.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        if ATTESTATION_KEY_PURPOSE not in purposes:
-            raise AttestationError("the platform's certificate is not of an attestation key")
-        names = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-        if f"{_KEY_PREFIX}{key.name.hex()}" not in uris:
-            raise AttestationError("the platform's certificate is of a key with other attributes")
-        (kind,) = (uri.removeprefix(_KIND_PREFIX) for uri in uris if uri.startswith(_KIND_PREFIX))
-        (common,) = read.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        return CertifiedPlatform(str(common.value), PlatformKind(kind), read.serial_number)
-    except _MALFORMED as error:
+        return _said(read, key)
+    except MALFORMED as error:
         raise AttestationError(f"the platform's certificate is malformed: {error}") from error
+
+
+def read_certified(certificate: bytes, key: SigningKey) -> CertifiedPlatform:
+    """Return what a certificate says, whoever signed it.
+
+    Args:
+        certificate: DER, untrusted.
+        key: that it must be of.
+    Raises:
+        AttestationError: it is of another key or another purpose, or malformed.
+    """
+    try:
+        return _said(x509.load_der_x509_certificate(certificate), key)
+    except MALFORMED as error:
+        raise AttestationError(f"the platform's certificate is malformed: {error}") from error
+
+
+def _said(read: x509.Certificate, key: SigningKey) -> CertifiedPlatform:
+    if _encoded(read.public_key()) != _encoded(key.key):
+        raise AttestationError("the platform's certificate is of another key")
+    purposes = read.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    if ATTESTATION_KEY_PURPOSE not in purposes:
+        raise AttestationError("the platform's certificate is not of an attestation key")
+    names = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if f"{_KEY_PREFIX}{key.name.hex()}" not in uris:
+        raise AttestationError("the platform's certificate is of a key with other attributes")
+    (kind,) = (uri.removeprefix(_KIND_PREFIX) for uri in uris if uri.startswith(_KIND_PREFIX))
+    (common,) = read.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return CertifiedPlatform(str(common.value), PlatformKind(kind), read.serial_number)
 
 
 def _has_signed(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
