@@ -39,6 +39,7 @@ FIRST_STEPS = _steps(f"""
     M mkdir launcher
     M mkdir vault
     M mkdir peers
+    M mkdir platform
     M mkdir keeper
     K mkdir keeper
     E mkdir keeper/embedded-tpm
@@ -79,12 +80,11 @@ STEPS = _steps(f"""
     K write keeper/recovery.public.next
     K fsync keeper/recovery.public.next
     K rename keeper/recovery.public.next
-    M unlink peers/other-host.json.next
-    M write peers/other-host.json.next
-    M fsync peers/other-host.json.next
-    M rename peers/other-host.json.next
-    M unlink peers/other-host.json
-    M fsync peers
+    M unlink platform/enrolled.json.next
+    M write platform/enrolled.json.next
+    M fsync platform/enrolled.json.next
+    M rename platform/enrolled.json.next
+    M fsync platform
     M link vault/vtpm.db
     M unlink vault/vtpm.db.new*
     M fdatasync vault

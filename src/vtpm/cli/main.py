@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import click
 
+from vtpm.cli.authority import authority
 from vtpm.cli.backups import export, import_vtpm
+from vtpm.cli.enrolment import platform
 from vtpm.cli.host import completion, events, shutdown, status
 from vtpm.cli.images import image
 from vtpm.cli.launch_policy import allow_image, launches, list_images, retire_image
@@ -26,6 +28,7 @@ from vtpm.errors import UsageError, VtpmError
 
 _COMMANDS = (
     *(status, create, start, stop, delete, list_vtpms, show, events, run, export, import_vtpm, migrate, adopt, peer),
+    *(platform, authority),
     *(policy, recovery_key, recover, image, shutdown, completion),
 )
 for _command in (list_images, allow_image, retire_image, launches):

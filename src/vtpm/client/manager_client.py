@@ -49,6 +49,7 @@ from vtpm.wire.api import (
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
 from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
+from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment
 from vtpm.wire.paths import default_run_dir
 
 SOCKET_VARIABLE = "VTPM_SOCKET"
@@ -75,6 +76,8 @@ Body: TypeAlias = (
     | MigrateVtpm
     | AdoptVtpm
     | AddPeer
+    | NewEnrolment
+    | KeepCertificate
     | ConfirmRecoveryKey
     | RecoveryKeyText
     | ExportVtpm
@@ -264,6 +267,32 @@ class ManagerClient:
     def host_certificate(self) -> str:
         """Return this host's own certificate, PEM, for its peers."""
         return decode(HostCertificate, self._request("GET", "/v1/certificate"), "the certificate").certificate
+
+    def request_enrolment(self, name: str) -> Enrolment:
+        """Return a request to an enrolment authority, to certify this host's platform under a name.
+
+        Raises:
+            UsageError: it is no name.
+            PlatformTpmError: the platform TPM does not answer, or the root key is not open.
+        """
+        answer = self._request("POST", "/v1/platform/enrolment", NewEnrolment(name))
+        return decode(Enrolment, answer, "the request")
+
+    def keep_certificate(self, certificate: str) -> EnrolledPlatform:
+        """Have this host keep the certificate that an authority has sealed for its platform.
+
+        Args:
+            certificate: content of the file that `vtpm authority certify` has made.
+        Raises:
+            UsageError: it is none.
+            AttestationError: it is another platform's, or was changed.
+        """
+        answer = self._request("POST", "/v1/platform/certificate", KeepCertificate(certificate))
+        return decode(EnrolledPlatform, answer, "the platform")
+
+    def enrolled(self) -> EnrolledPlatform:
+        """Return as what this host's platform is enrolled. Raises NotFoundError: it is not."""
+        return decode(EnrolledPlatform, self._request("GET", "/v1/platform"), "the platform")
 
     def import_backup(self, wanted: ImportBackup) -> Vtpm:
         """Make a vTPM of a backup; it is stopped.

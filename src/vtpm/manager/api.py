@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from vtpm.errors import UsageError, VtpmError
 from vtpm.manager.access import Caller
 from vtpm.manager.backups import BackupService
+from vtpm.manager.enrolment import EnrolmentService
 from vtpm.manager.migrations import MigrationService
 from vtpm.manager.peering import Peering
 from vtpm.manager.platform import PlatformService
@@ -42,6 +43,7 @@ from vtpm.wire.api import (
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
 from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
+from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment
 
 MAX_BODY_BYTES = 16 * 1024
 MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
@@ -80,6 +82,7 @@ def make_app(
     backups: BackupService,
     migrations: MigrationService,
     peering: Peering,
+    enrolment: EnrolmentService,
     caller_of: Callable[[int, int], Caller],
     shut_down: Callable[[], None],
 ) -> FastAPI:
@@ -91,6 +94,7 @@ def make_app(
         backups: does the work on backups.
         migrations: does the work on moves.
         peering: does the work on peers.
+        enrolment: does the work on who the platform is.
         caller_of: says who a uid and gid is.
         shut_down: ends the host's services, once the reply to a shutdown is on its way.
     """
@@ -210,6 +214,18 @@ def make_app(
     @app.delete("/v1/peers/{name:path}", status_code=204, dependencies=vault)
     async def remove_peer(name: str, who: By) -> None:
         await peering.remove(name, who)
+
+    @app.get("/v1/platform", dependencies=vault)
+    async def enrolled(who: By) -> EnrolledPlatform:
+        return await enrolment.show(who)
+
+    @app.post("/v1/platform/enrolment", dependencies=vault)
+    async def request_enrolment(wanted: NewEnrolment, who: By) -> Enrolment:
+        return await enrolment.request(wanted, who)
+
+    @app.post("/v1/platform/certificate", status_code=201, dependencies=vault)
+    async def keep_certificate(given: KeepCertificate, who: By) -> EnrolledPlatform:
+        return await enrolment.accept(given, who)
 
     @app.post("/v1/import", status_code=201, dependencies=vault)
     async def import_backup(wanted: ImportBackup, who: By) -> Vtpm:

@@ -92,7 +92,9 @@ async def _serve(config: Config, layout: Layout, listener: socket.socket, peers_
         platform = PlatformService(keeper, threads, service.audit.append, service.door.open)
         backups = BackupService(keeper, threads, service)
         moving = moves.Moving(config, layout, service, peers_listener)
-        app = api.make_app(service, platform, backups, moving.migrations, moving.peering, caller_of, end_all)
+        app = api.make_app(
+            service, platform, backups, moving.migrations, moving.peering, moving.enrolment, caller_of, end_all
+        )
         server = http_server.ApiServer(app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         serving.add_done_callback(lambda _: ending.set())

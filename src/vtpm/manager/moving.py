@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from vtpm.config import Config
+from vtpm.manager.enrolment import EnrolmentService
 from vtpm.manager.ground import HostGround
 from vtpm.manager.migrations import MigrationService
 from vtpm.manager.peering import Peering
@@ -40,6 +41,7 @@ class Moving:
         self.migrations = MigrationService(
             vtpms, Mover(ground, Unenrolled()), self.peering, CallThreads("mover", THREADS), config.migration_retry_s
         )
+        self.enrolment = EnrolmentService(layout.platform_dir, keeper, CallThreads("enrolment", 1), vtpms.audit.append)
         self._listener = listener
         self._tasks: list[asyncio.Task[None]] = []
 

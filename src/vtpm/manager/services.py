@@ -43,6 +43,7 @@ class Layout:
 
     vault_dir: Path
     peers_dir: Path
+    platform_dir: Path
     keeper_dir: Path
     launcher_dir: Path
     log_dir: Path
@@ -70,6 +71,7 @@ def lay_out(config: Config) -> Layout:
     layout = Layout(
         vault_dir=config.state_dir / "vault",
         peers_dir=config.state_dir / "peers",
+        platform_dir=config.state_dir / "platform",
         keeper_dir=config.state_dir / "keeper",
         launcher_dir=config.state_dir / "launcher",
         log_dir=config.state_dir / "log",
@@ -83,6 +85,7 @@ def lay_out(config: Config) -> Layout:
     _make_directory(layout.launcher_dir, 0o700, None)
     _make_directory(layout.vault_dir, 0o700, layout.manager_uid)
     _make_directory(layout.peers_dir, 0o700, layout.manager_uid)
+    _make_directory(layout.platform_dir, 0o700, layout.manager_uid)
     _make_directory(layout.keeper_dir, 0o700, layout.keeper_uid)
     return layout
 

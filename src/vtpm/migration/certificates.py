@@ -183,10 +183,15 @@ def _encoded(key: object) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
-def _name(text: str) -> x509.Name:
+def check_name(text: str) -> str:
+    """Return a name that a platform or an authority can have. Raises UsageError: it can have no such name."""
     if not 1 <= len(text) <= MAX_NAME_CHARS or not text.isprintable():
         raise UsageError(f"a platform's or authority's name has 1 to {MAX_NAME_CHARS} printable characters")
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+    return text
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, check_name(text))])
 
 
 def _builder(

@@ -19,6 +19,9 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     GET    /v1/peers                     list of PeerInfo
     POST   /v1/peers                     AddPeer -> PeerInfo (201)
     DELETE /v1/peers/{name}              (204)
+    GET    /v1/platform                  EnrolledPlatform: as what the platform is enrolled
+    POST   /v1/platform/enrolment        NewEnrolment -> Enrolment
+    POST   /v1/platform/certificate      KeepCertificate -> EnrolledPlatform (201)
     POST   /v1/import                    ImportBackup -> Vtpm (201); bodies up to 10 MiB, as the next
     POST   /v1/import/swtpm              ImportSwtpm -> Vtpm (201)
     GET    /v1/events?after=N&limit=N&wait_s=N   list of AuditEvent; waits up to wait_s (30 at most) for the first one

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.fault.writer import TpmGone, Writer, data_socket
 from tests.support.host import Host
 from tests.support.tls import certificate_of
 from vtpm.client.manager_client import ManagerClient
 from vtpm.errors import VtpmError
+from vtpm.migration.certificates import PlatformKind, new_authority
+from vtpm.migration.enrolment import certify_request, decode_request, encode_file
 from vtpm.wire.api import LifeState
 
 VTPM = "web"
@@ -38,6 +43,9 @@ class Operations:
         self._peers: dict[str, bool] = {}
         # Fingerprint of the recovery key; None while it may be one that was made and never shown.
         self._recovery: str | None = ""
+        # Name under which the platform is enrolled; None while it may be another.
+        self._enrolled: str | None = None
+        self._authority = ec.generate_private_key(ec.SECP256R1())
 
     def close(self) -> None:
         if self._writer is not None:
@@ -50,7 +58,7 @@ class Operations:
             with self._host.client() as client:
                 self._allow_and_drop(client, f"{_LABEL}{self._number}")
                 self._make_recovery_key(client)
-                self._add_and_remove_peer(client)
+                self._enrol(client, f"host-{self._number}")
                 self._make_and_delete(client, f"other-{self._number}")
                 self._write(client)
                 client.stop(VTPM)
@@ -69,7 +77,8 @@ class Operations:
             self._recovery = status.platform.recovery
             _check_names(self._vtpms, {vtpm.name for vtpm in client.list()})
             _check_names(self._labels, {found.label for found in client.policy().sets})
-            _check_names(self._peers, {peer.name for peer in client.peers()})
+            if self._enrolled is not None:
+                assert client.enrolled().name == self._enrolled
             ids = [event.id for event in client.all_events()]
             assert ids == list(range(1, len(ids) + 1))
             if self._writer is not None:
@@ -132,13 +141,14 @@ class Operations:
             client.policy_drop(label)
             self._labels[label] = False
 
-    def _add_and_remove_peer(self, client: ManagerClient) -> None:
-        self._peers.pop(PEER, None)
-        client.add_peer(PEER, "https://192.0.2.1:8000", self._certificate)
-        self._peers[PEER] = True
-        del self._peers[PEER]
-        client.remove_peer(PEER)
-        self._peers[PEER] = False
+    def _enrol(self, client: ManagerClient, name: str) -> None:
+        asked = decode_request(client.request_enrolment(name).request.encode())
+        now = datetime.now(UTC)
+        authority = new_authority("test", self._authority, now)
+        sealed = certify_request(authority, self._authority, asked, PlatformKind.EMBEDDED, now)
+        self._enrolled = None
+        client.keep_certificate(encode_file(sealed).decode())
+        self._enrolled = name
 
     def _make_recovery_key(self, client: ManagerClient) -> None:
         self._recovery = None

@@ -63,7 +63,18 @@ def test_the_commands_are_those_of_the_design_when_help_is_asked(cli: Cli) -> No
     ended = cli("--help")
     assert ended.status == 0
     named = ["status", "create", "start", "stop", "delete", "list", "show", "events", "run", "export", "import"]
-    named += ["migrate", "adopt", "peer", "policy", "recovery-key", "recover", "image", "shutdown"]
+    named += [
+        "migrate",
+        "adopt",
+        "peer",
+        "platform",
+        "authority",
+        "policy",
+        "recovery-key",
+        "recover",
+        "image",
+        "shutdown",
+    ]
     assert list(command_group.commands) == [*named, "completion"]
     assert all(f"\n  {name} " in ended.out for name in named)
 
