@@ -17,6 +17,7 @@ from typing import Any
 from vtpm.errors import UsageError
 from vtpm.wire.paths import SYSTEM_STATE_DIR, default_image_dir, default_run_dir, default_state_dir
 
+SYSTEM_CONFIG_DIR = Path("/etc/vtpm")
 UID_BASE = 0x76740000
 """Of the host whose state is in its usual place; decision record 5."""
 UID_SPACING = 2048
@@ -55,6 +56,8 @@ class Config:
         uid_base: see decision record 5; used when started by root; 0 for what follows from state_dir.
         admin_uids: who, besides root, may see and do everything.
         create_gids: members of these groups (as their primary group) may have vTPMs of their own.
+        platform_policy: what hosts must be that vTPMs move to and come from; see docs/migration.md.
+        authorities: folder of certificates, PEM, of those who are trusted to enrol such hosts' platforms.
         max_vtpms_per_user: how many one user who is no administrator may have.
     """
 
@@ -79,6 +82,8 @@ class Config:
     admin_uids: tuple[int, ...] = ()
     create_gids: tuple[int, ...] = ()
     max_vtpms_per_user: int = 100
+    platform_policy: Path = SYSTEM_CONFIG_DIR / "platform-policy.toml"
+    authorities: Path = SYSTEM_CONFIG_DIR / "authorities"
 
     @property
     def measures(self) -> bool:
@@ -169,6 +174,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     if "vm_images" not in given:
         given["vm_images"] = _default_images(uid, given["state_dir"])
     given |= {name: given[name].absolute() for name in ("state_dir", "run_dir", "vm_images")}
+    given |= {name: given[name].absolute() for name in ("platform_policy", "authorities") if name in given}
     config = Config(**given)
     _check_memory(config)
     _check_services_pcr(config)

@@ -264,6 +264,8 @@ def test_openapi_document_names_every_route_when_asked_for(raw: httpx.Client) ->
         ("/v1/platform", "get"),
         ("/v1/platform/certificate", "post"),
         ("/v1/platform/enrolment", "post"),
+        ("/v1/platform/evidence", "post"),
+        ("/v1/platform/policy", "get"),
         ("/v1/peers", "post"),
         ("/v1/peers/{name}", "delete"),
         ("/v1/vtpms/{name}/adopt", "post"),

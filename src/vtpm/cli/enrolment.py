@@ -1,4 +1,4 @@
-"""Commands on who this host's platform is: platform enroll, show."""
+"""Commands on who this host's platform is, and on who others must be: platform, and policy check on files alone."""
 
 from __future__ import annotations
 
@@ -62,6 +62,75 @@ def show_platform(session: Session) -> None:
     """Show as what this host's platform is enrolled."""
     with session.connect() as manager:
         _print(manager.enrolled(), session.output)
+
+
+@platform.command()
+@click.option("--out", type=_PATH, required=True, metavar="FILE", help="A new file for it.")
+@json_option
+@pass_session
+def evidence(session: Session, out: Path) -> None:
+    """Write what this host shows to others, for `vtpm policy check --evidence`."""
+    with session.connect() as manager, NewFile(out) as file:
+        file.fill(manager.platform_evidence().encode("ascii"))
+    if session.output is Output.JSON:
+        print_json({"file": str(out)})
+
+
+@platform.command("policy")
+@json_option
+@pass_session
+def own_policy(session: Session) -> None:
+    """Print a platform policy that this host passes as it is now.
+
+    Look at each line before you give it to the hosts that are to trust this one.
+    """
+    with session.connect() as manager:
+        text = manager.platform_policy()
+    if session.output is Output.JSON:
+        print_json({"policy": text})
+    else:
+        click.echo(text, nl=False)
+
+
+@click.command("check")
+@click.argument("file", type=_PATH)
+@click.option("--evidence", type=_PATH, metavar="FILE", help="Of a host: what `vtpm platform evidence` wrote there.")
+@click.option("--authorities", type=_PATH, metavar="DIR", help="Who is trusted to enrol it; else not looked at.")
+@json_option
+@pass_session
+def check_policy(session: Session, file: Path, evidence: Path | None, authorities: Path | None) -> None:
+    """Check the platform policy FILE, and what a host has shown against it; needs no manager."""
+    from datetime import UTC, datetime
+
+    from vtpm.migration.certificates import read_certified
+    from vtpm.migration.evidence_file import MAX_FILE_BYTES, decode_evidence_file
+    from vtpm.migration.pem_folder import read_certificates
+    from vtpm.migration.policy import read_policy
+    from vtpm.migration.verifier import check_evidence, verify_evidence
+    from vtpm.tpm.attest import read_signing_key
+    from vtpm.wire.evidence import decode_evidence
+
+    if authorities is not None and evidence is None:
+        raise UsageError("whose authority? --authorities needs --evidence")
+    policy = read_policy(file)
+    pcrs = f"{policy.bank.value}:{','.join(map(str, policy.quoted))}"
+    shown = {"policy": str(file), "pcrs": pcrs, "embedded": "allowed" if policy.embedded else "refused"}
+    if evidence is not None:
+        held = decode_evidence_file(read_bytes("evidence", evidence, MAX_FILE_BYTES))
+        found = decode_evidence(held.evidence)
+        if authorities is not None:
+            trusted = read_certificates(authorities, "enrolment authorities")
+            passed = verify_evidence(found, held.nonce, policy, trusted, datetime.now(UTC))
+        else:
+            passed = read_certified(found.certificate, read_signing_key(found.attestation_key))
+            check_evidence(found, passed, held.nonce, policy)
+        shown |= {"passes": passed.name, "kind": passed.kind.value}
+    if session.output is Output.JSON:
+        print_json(shown)
+        return
+    print_fields(list(shown.items()))
+    if evidence is not None and authorities is None:
+        print_message("who has enrolled it was not looked at: give --authorities")
 
 
 def _print(enrolled: EnrolledPlatform, output: Output) -> None:

@@ -13,7 +13,7 @@ import click
 
 from vtpm.cli.authority import authority
 from vtpm.cli.backups import export, import_vtpm
-from vtpm.cli.enrolment import platform
+from vtpm.cli.enrolment import check_policy, platform
 from vtpm.cli.host import completion, events, shutdown, status
 from vtpm.cli.images import image
 from vtpm.cli.launch_policy import allow_image, launches, list_images, retire_image
@@ -31,7 +31,7 @@ _COMMANDS = (
     *(platform, authority),
     *(policy, recovery_key, recover, image, shutdown, completion),
 )
-for _command in (list_images, allow_image, retire_image, launches):
+for _command in (list_images, allow_image, retire_image, launches, check_policy):
     policy.add_command(_command)
 
 

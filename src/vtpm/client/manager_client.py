@@ -49,7 +49,7 @@ from vtpm.wire.api import (
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
 from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
-from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment
+from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment, PlatformFile
 from vtpm.wire.paths import default_run_dir
 
 SOCKET_VARIABLE = "VTPM_SOCKET"
@@ -289,6 +289,19 @@ class ManagerClient:
         """
         answer = self._request("POST", "/v1/platform/certificate", KeepCertificate(certificate))
         return decode(EnrolledPlatform, answer, "the platform")
+
+    def platform_evidence(self) -> str:
+        """Return this host's evidence over a fresh nonce, as a file.
+
+        Raises:
+            NotFoundError: its platform is not enrolled, or it has no platform policy.
+            PlatformTpmError: the platform TPM does not answer, or the root key is not open.
+        """
+        return decode(PlatformFile, self._request("POST", "/v1/platform/evidence"), "the evidence").content
+
+    def platform_policy(self) -> str:
+        """Return the file of a platform policy that this host passes as it is now. Raises as platform_evidence."""
+        return decode(PlatformFile, self._request("GET", "/v1/platform/policy"), "the policy").content
 
     def enrolled(self) -> EnrolledPlatform:
         """Return as what this host's platform is enrolled. Raises NotFoundError: it is not."""

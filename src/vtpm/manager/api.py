@@ -43,7 +43,7 @@ from vtpm.wire.api import (
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
 from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
 from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
-from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment
+from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment, PlatformFile
 
 MAX_BODY_BYTES = 16 * 1024
 MAX_IMPORT_BODY_BYTES = 10 * 1024 * 1024
@@ -218,6 +218,14 @@ def make_app(
     @app.get("/v1/platform", dependencies=vault)
     async def enrolled(who: By) -> EnrolledPlatform:
         return await enrolment.show(who)
+
+    @app.post("/v1/platform/evidence", dependencies=vault)
+    async def evidence(who: By) -> PlatformFile:
+        return await enrolment.evidence(who)
+
+    @app.get("/v1/platform/policy", dependencies=vault)
+    async def own_policy(who: By) -> PlatformFile:
+        return await enrolment.policy(who)
 
     @app.post("/v1/platform/enrolment", dependencies=vault)
     async def request_enrolment(wanted: NewEnrolment, who: By) -> Enrolment:

@@ -6,9 +6,11 @@ key. Each change leaves an audit event. The manager's alone.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from vtpm.manager.access import Caller
+from vtpm.manager.attester import PlatformAttester
 from vtpm.manager.enrolled import Enrolled, keep, kept
 from vtpm.manager.noted import Note, host_event, noted
 from vtpm.migration.certificates import PlatformKind, check_name
@@ -19,9 +21,14 @@ from vtpm.migration.enrolment import (
     endorsement_fingerprint,
     open_sealed,
 )
-from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment
+from vtpm.migration.evidence_file import encode_evidence_file
+from vtpm.vault.launch_policy import ImageState
+from vtpm.wire.api_images import Image
+from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment, PlatformFile
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper_client import KeeperClient
+
+_ALLOWED = ImageState.ALLOWED.value
 
 
 class EnrolmentService:
@@ -32,13 +39,25 @@ class EnrolmentService:
         keeper: asked in one of the threads, for it blocks.
         threads: of these calls alone.
         note: appends to the audit log.
+        attester: shows what this platform is.
+        images: says which images may run vTPMs here.
     """
 
-    def __init__(self, folder: Path, keeper: KeeperClient, threads: CallThreads, note: Note) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keeper: KeeperClient,
+        threads: CallThreads,
+        note: Note,
+        attester: PlatformAttester,
+        images: Callable[[Caller], Awaitable[Sequence[Image]]],
+    ) -> None:
         self._folder = folder
         self._keeper = keeper
         self._threads = threads
         self._note = note
+        self._attester = attester
+        self._images = images
 
     async def request(self, wanted: NewEnrolment, caller: Caller) -> Enrolment:
         """Return a request to an authority; changes nothing here, and may be made again."""
@@ -71,6 +90,17 @@ class EnrolmentService:
         """Return as what this platform is enrolled. Raises NotFoundError: it is not."""
         caller.require_admin("see as what the platform is enrolled")
         return (await self._threads.run(kept, self._folder)).shown()
+
+    async def evidence(self, caller: Caller) -> PlatformFile:
+        """Return this platform's evidence, fresh, as a file. Raises as PlatformAttester.evidence."""
+        caller.require_admin("see the platform's evidence")
+        return PlatformFile(encode_evidence_file(await self._threads.run(self._attester.fresh)).decode("ascii"))
+
+    async def policy(self, caller: Caller) -> PlatformFile:
+        """Return the file of a policy that this platform passes now. Raises as PlatformAttester.own_policy."""
+        caller.require_admin("see what the platform is")
+        allowed = [(one.kind, one.measurement) for one in await self._images(caller) if one.state == _ALLOWED]
+        return PlatformFile(await self._threads.run(self._attester.own_policy, allowed))
 
     # -- in the threads ----------------------------------------------------------------------------------------------
     def _request(self, name: str) -> EnrolmentRequest:

@@ -6,9 +6,27 @@ import os
 import sys
 
 from vtpm.config import EMBEDDED, Config
-from vtpm.errors import VtpmError
+from vtpm.errors import StateError, VtpmError
 from vtpm.measurement.record import CACHE_DIR, boot_dir, read_record
 from vtpm.wire.api import MeasuredServices
+
+
+def services_of_boot(config: Config) -> tuple[bytes, ...]:
+    """Return the measurements of this boot's services, in order of extension; none where they are not measured.
+
+    Raises:
+        StateError: they are measured, and the record of that is not there or not whole.
+        VtpmError: as read_record.
+    """
+    if not config.measures:
+        return ()
+    record = read_record(boot_dir(config.run_dir))
+    if record is None or not record.extended:
+        raise StateError(
+            "what the services of this boot are is not known: nothing says that the platform TPM has their measurement",
+            next_step="Start this host's manager as vtpm-managerd; if it is so again, reboot",
+        )
+    return tuple(map(bytes.fromhex, record.digests))
 
 
 def measured_services(config: Config) -> MeasuredServices:

@@ -6,16 +6,18 @@ import asyncio
 import logging
 import socket
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from vtpm.config import Config
+from vtpm.manager.attester import PlatformAttester
 from vtpm.manager.enrolment import EnrolmentService
 from vtpm.manager.ground import HostGround
+from vtpm.manager.measured import services_of_boot
 from vtpm.manager.migrations import MigrationService
 from vtpm.manager.peering import Peering
 from vtpm.manager.service import ManagerService
 from vtpm.manager.services import Layout
-from vtpm.manager.unenrolled import Unenrolled
 from vtpm.migration.mover import Mover
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper_client import KeeperClient
@@ -37,11 +39,16 @@ class Moving:
     def __init__(self, config: Config, layout: Layout, vtpms: ManagerService, listener: socket.socket | None) -> None:
         keeper = KeeperClient(config.run_dir, timeout_s=KEEPER_TIMEOUT_S)
         ground = HostGround(asyncio.get_running_loop(), vtpms.door, keeper, vtpms.launcher)
+        attester = PlatformAttester(
+            keeper, layout.platform_dir, partial(services_of_boot, config), config.platform_policy, config.authorities
+        )
         self.peering = Peering(layout.peers_dir, KeeperClient(config.run_dir), vtpms.audit.append)
         self.migrations = MigrationService(
-            vtpms, Mover(ground, Unenrolled()), self.peering, CallThreads("mover", THREADS), config.migration_retry_s
+            vtpms, Mover(ground, attester), self.peering, CallThreads("mover", THREADS), config.migration_retry_s
         )
-        self.enrolment = EnrolmentService(layout.platform_dir, keeper, CallThreads("enrolment", 1), vtpms.audit.append)
+        self.enrolment = EnrolmentService(
+            layout.platform_dir, keeper, CallThreads("enrolment", 1), vtpms.audit.append, attester, vtpms.images.images
+        )
         self._listener = listener
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -13,7 +13,8 @@ import hmac
 import secrets
 from typing import Protocol
 
-from vtpm.errors import StateError
+from vtpm.errors import AttestationError, StateError
+from vtpm.migration.certificates import CertifiedPlatform
 from vtpm.migration.transcript import proposal_digest
 from vtpm.migration.transport_key import TransportKey, seal
 from vtpm.wire.migration import Offer, Propose, Prove, encode_message
@@ -28,10 +29,10 @@ class Attester(Protocol):
     """Makes this platform's evidence, and verifies another's; see wire.evidence and verifier."""
 
     def evidence(self, extra: bytes) -> bytes:
-        """Return encoded evidence over qualifying data, 32 bytes. Raises PlatformTpmError."""
+        """Return encoded evidence over qualifying data, 32 bytes. Raises VtpmError: it has none."""
 
-    def verify(self, evidence: bytes, extra: bytes) -> None:
-        """Verify a peer's. Raises AttestationError, ProtocolError: what is wrong with it."""
+    def verify(self, evidence: bytes, extra: bytes) -> CertifiedPlatform:
+        """Return whose a peer's is. Raises AttestationError, ProtocolError: what is wrong with it."""
 
 
 def channel_digest(source_key: bytes, destination_key: bytes) -> bytes:
@@ -83,9 +84,15 @@ class Guard:
         """See SourceGuard; with a proof, see DestinationGuard."""
         if proof is None:
             extra = offer_extra(self._channel, proposal, offer.migration_id, offer.nonce, offer.key)
-            self._attester.verify(offer.evidence, extra)
+            platform = self._attester.verify(offer.evidence, extra)
         else:
-            self._attester.verify(proof.evidence, proof_extra(self._channel, proposal, offer, proof.commitment))
+            extra = proof_extra(self._channel, proposal, offer, proof.commitment)
+            platform = self._attester.verify(proof.evidence, extra)
+        if platform.name != peer:
+            raise AttestationError(
+                f"{peer} shows the evidence of {platform.name}",
+                next_step="Name the peer as its platform is enrolled: vtpm peer add",
+            )
 
     def prove(self, proposal: Propose, offer: Offer) -> Prove:
         """See SourceGuard."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ _FOR_SERVICES = range(1, 16)
 _FOR_IMAGES = range(8, 16)
 _RESETTABLE = (16, 23)
 """By whatever runs, which can then extend into them what it likes."""
+FOR_PCRS = tuple(index for index in range(PCR_COUNT) if index not in _RESETTABLE)
+"""PCRs that a policy may name."""
 _MEASUREMENT = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9-]{0,15}")
 
@@ -128,6 +130,21 @@ def parse_policy(data: bytes) -> PlatformPolicy:
     if not policy.pcrs and not policy.embedded:
         raise UsageError("a policy for hardware names PCRs of the boot: without them any software may have booted")
     return policy
+
+
+def print_policy(policy: PlatformPolicy) -> str:
+    """Return a file that `parse_policy` reads as this policy."""
+    lines = [f'bank = "{policy.bank.value}"', f"embedded = {str(policy.embedded).lower()}", "", "[pcrs]"]
+    lines += [f"{index} = {_listed(value.hex() for value in values)}" for index, values in sorted(policy.pcrs.items())]
+    services = _listed(value.hex() for value in policy.services)
+    lines += ["", "[services]", f"pcr = {policy.services_pcr}", f"allowed = {services}"]
+    lines += ["", "[images]", f"pcr = {policy.images_pcr}"]
+    lines += [f"{kind} = {_listed(values)}" for kind, values in sorted(policy.images.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return "[" + ", ".join(f'"{text}"' for text in sorted(texts)) + "]"
 
 
 def _table(document: dict[str, Any], name: str) -> dict[str, Any]:

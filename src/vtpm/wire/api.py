@@ -21,6 +21,8 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     DELETE /v1/peers/{name}              (204)
     GET    /v1/platform                  EnrolledPlatform: as what the platform is enrolled
     POST   /v1/platform/enrolment        NewEnrolment -> Enrolment
+    POST   /v1/platform/evidence         PlatformFile: this platform's evidence, fresh
+    GET    /v1/platform/policy           PlatformFile: a policy that it passes now
     POST   /v1/platform/certificate      KeepCertificate -> EnrolledPlatform (201)
     POST   /v1/import                    ImportBackup -> Vtpm (201); bodies up to 10 MiB, as the next
     POST   /v1/import/swtpm              ImportSwtpm -> Vtpm (201)

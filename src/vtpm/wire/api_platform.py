@@ -53,3 +53,10 @@ class EnrolledPlatform:
     key: str
     valid_until: str
     authority: str
+
+
+@dataclass(frozen=True)
+class PlatformFile:
+    """A file about this platform: its evidence, or a policy that it passes."""
+
+    content: str

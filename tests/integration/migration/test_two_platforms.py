@@ -15,7 +15,7 @@ from tests.support.swtpm import booted_platform
 from tests.unit.wire.migration_examples import MIGRATION_ID, NONCE, VM_ID, VTPM_ID
 from vtpm.errors import AttestationError
 from vtpm.measurement.record import event_digest
-from vtpm.migration.certificates import PlatformKind, certify, new_authority
+from vtpm.migration.certificates import CertifiedPlatform, PlatformKind, certify, new_authority
 from vtpm.migration.destination import Destination, Incoming
 from vtpm.migration.guards import Guard, channel_digest
 from vtpm.migration.policy import PlatformPolicy
@@ -64,8 +64,8 @@ class Attester:
             )
         )
 
-    def verify(self, evidence: bytes, extra: bytes) -> None:
-        verify_evidence(decode_evidence(evidence), extra, self.policy, [AUTHORITY], NOW)
+    def verify(self, evidence: bytes, extra: bytes) -> CertifiedPlatform:
+        return verify_evidence(decode_evidence(evidence), extra, self.policy, [AUTHORITY], NOW)
 
 
 def enrolled(name: str, tpm: PlatformTpm) -> Attester:

@@ -138,3 +138,26 @@ def test_certificate_is_kept_by_nobody_else_when_it_is_carried_to_another_host(f
         other.cli("platform", "enroll", "--certificate", str(certify(other, folder, "host-c", "--embedded")))
         assert (client.enrolled().name, client.enrolled().kind) == ("host-c", "embedded")
         assert not [event for event in client.all_events() if event.kind == "platform_enrol_failed"]
+
+
+def test_host_passes_the_policy_that_it_printed_and_no_other(folder: Path) -> None:
+    policy, trusted = folder / "platform-policy.toml", folder / "trusted"
+    with booted_platform() as platform, Host(platform.tcti, settings=f'platform_policy = "{policy}"\n') as host:
+        folder.chmod(0o755)
+        host.cli("authority", "new", str(folder / "ca"), "--name", "test")
+        asked = request(host, folder, "host-b")
+        host.cli("platform", "enroll", "--certificate", str(certify(host, folder, "host-b", "--ek", asked["ek"])))
+        text = host.cli("platform", "policy").stdout
+        policy.write_text(text)
+        host.cli("platform", "evidence", "--out", str(folder / "evidence"))
+    trusted.mkdir()
+    (trusted / "test.pem").write_bytes((folder / "ca" / "authority.pem").read_bytes())
+    check = ("policy", "check", str(policy), "--evidence", str(folder / "evidence"), "--authorities", str(trusted))
+    passed = json.loads(host.cli(*check, "--json").stdout)
+    assert (passed["passes"], passed["kind"], passed["embedded"]) == ("host-b", "hardware", "refused")
+    assert passed["pcrs"] == "sha256:0,12,13"
+    (measured,) = (line for line in text.splitlines() if line.startswith("0 = "))
+    policy.write_text(text.replace(measured, f'0 = ["{"ab" * 32}"]'))
+    done = host.cli(*check, check=False)
+    assert done.returncode == 15
+    assert "host-b has booted something that policy does not allow: PCR 0 of sha256" in done.stderr

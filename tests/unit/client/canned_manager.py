@@ -42,7 +42,7 @@ from vtpm.wire.api import (
 from vtpm.wire.api_images import AllowedImage, Image, Launch, Launches
 from vtpm.wire.api_migrations import Migration, Phase
 from vtpm.wire.api_peers import HostCertificate, PeerInfo
-from vtpm.wire.api_platform import EnrolledPlatform, Enrolment
+from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, PlatformFile
 
 UUID_1 = UUID("6ad77c2a-96b5-4b26-8c8d-2f9ba4e8a4fe")
 VM_UUID = UUID("0d5a6f5e-3a52-4a2c-9c0d-55f0a6a4b1aa")
@@ -95,6 +95,7 @@ MOVED = Migration(UUID_1, "web1", "moved", 2, "host-b", Phase.OVER, "")
 LEAVING = Migration(VM_UUID, "web2", "frozen", 4, "host-c", Phase.UNDECIDED, "host-c does not answer")
 PEER = PeerInfo("host-b", "https://192.0.2.7:8000", "ee" * 32)
 ENROLLED = EnrolledPlatform("host-b", "hardware", "000b" + "cd" * 32, "2028-07-01T10:00:00+00:00", "test authority")
+POLICY_FILE = 'bank = "sha256"\n'
 REQUEST = '{"form": "a request"}\n'
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 LAUNCHES = Launches(
@@ -141,6 +142,7 @@ class CannedManager:
     migrations: list[Migration] = field(default_factory=lambda: [MOVED, LEAVING])
     launches: Launches = field(default_factory=lambda: LAUNCHES)
     recovered_with: str = ""
+    evidence: str = "{}"
     events: list[AuditEvent] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     answer: tuple[int, bytes, int] | None = None
@@ -245,6 +247,10 @@ class CannedManager:
                 return 200, ENROLLED
             case ["POST", "platform", "enrolment"]:
                 return 200, Enrolment(body["name"], "hardware", "ab" * 32, REQUEST)
+            case ["POST", "platform", "evidence"]:
+                return 200, PlatformFile(self.evidence)
+            case ["GET", "platform", "policy"]:
+                return 200, PlatformFile(POLICY_FILE)
             case ["POST", "platform", "certificate"]:
                 return 201, ENROLLED
             case ["GET", "migrations"]:

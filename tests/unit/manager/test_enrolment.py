@@ -19,11 +19,14 @@ from tests.unit.tpm.attest_examples import public_area
 from tests.unit.tpm.ek_examples import endorsement_area
 from vtpm.errors import AccessDeniedError, AttestationError, NotFoundError, StateError, UsageError, VtpmError
 from vtpm.manager.access import Caller
+from vtpm.manager.attester import PlatformAttester
 from vtpm.manager.enrolled import FILE, kept
 from vtpm.manager.enrolment import EnrolmentService
 from vtpm.migration.certificates import PlatformKind, new_authority
 from vtpm.migration.enrolment import SealedCertificate, certify_request, decode_request, encode_file
+from vtpm.migration.evidence_file import EvidenceFile, decode_evidence_file
 from vtpm.vault.records import Event
+from vtpm.wire.api_images import Image
 from vtpm.wire.api_platform import KeepCertificate, NewEnrolment
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper import PlatformIdentity
@@ -31,6 +34,7 @@ from vtpm.wire.keeper import PlatformKind as KeeperKind
 from vtpm.wire.keeper_client import KeeperClient
 
 ROOT, USER = Caller(uid=0, gid=0, is_admin=True), Caller(uid=1000, gid=1000, is_admin=False)
+IMAGES = {"process": "allowed", "qemu": "retired"}
 NOW = datetime.now(UTC)
 KEY = ec.generate_private_key(ec.SECP256R1())
 AUTHORITY = new_authority("test", KEY, NOW)
@@ -52,6 +56,16 @@ class Keeper:
         return activated(SealedCertificate(credential, encrypted_secret, b""))
 
 
+class Showing:
+    """What shows the platform; it says with what it was asked."""
+
+    def fresh(self) -> EvidenceFile:
+        return EvidenceFile(bytes(32), b"evidence")
+
+    def own_policy(self, images: list[tuple[str, str]]) -> str:
+        return repr(images)
+
+
 class Enrolling:
     """The service, its events and its folder."""
 
@@ -60,8 +74,16 @@ class Enrolling:
         self.keeper = Keeper()
         self.events: list[Event] = []
         self.service = EnrolmentService(
-            folder, cast(KeeperClient, self.keeper), CallThreads("enrolment", 1), self._note
+            folder,
+            cast(KeeperClient, self.keeper),
+            CallThreads("enrolment", 1),
+            self._note,
+            cast(PlatformAttester, Showing()),
+            self._images,
         )
+
+    async def _images(self, _caller: Caller) -> list[Image]:
+        return [Image(kind, f"{kind} image", "", "", state, "", []) for kind, state in IMAGES.items()]
 
     async def _note(self, event: Event) -> None:
         self.events.append(event)
@@ -121,6 +143,12 @@ def test_name_is_refused_before_the_keeper_is_asked(enrolling: Enrolling) -> Non
     assert not enrolling.events
 
 
+def test_evidence_and_policy_are_files_of_what_this_platform_is(enrolling: Enrolling) -> None:
+    file = asyncio.run(enrolling.service.evidence(ROOT)).content
+    assert decode_evidence_file(file.encode()) == EvidenceFile(bytes(32), b"evidence")
+    assert asyncio.run(enrolling.service.policy(ROOT)).content == repr([("process", "process image")])
+
+
 Ask = Callable[[EnrolmentService], Coroutine[Any, Any, Any]]
 
 
@@ -130,8 +158,10 @@ Ask = Callable[[EnrolmentService], Coroutine[Any, Any, Any]]
         lambda service: service.request(NewEnrolment("host-b"), USER),
         lambda service: service.accept(KeepCertificate("{}"), USER),
         lambda service: service.show(USER),
+        lambda service: service.evidence(USER),
+        lambda service: service.policy(USER),
     ],
-    ids=["request", "accept", "show"],
+    ids=["request", "accept", "show", "evidence", "policy"],
 )
 def test_refused_when_no_administrator_asks(enrolling: Enrolling, ask: Ask) -> None:
     with pytest.raises(AccessDeniedError):

@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.wire.migration_examples import MIGRATION_ID, NONCE, VM_ID, VTPM_ID
 from vtpm.errors import AttestationError, StateError
+from vtpm.migration.certificates import CertifiedPlatform, PlatformKind
 from vtpm.migration.destination import Destination, Incoming
 from vtpm.migration.guards import Guard, channel_digest
 from vtpm.migration.source import Outgoing, Source
@@ -23,19 +24,24 @@ TRANSCRIPT = bytes(range(32))
 
 
 class Quotes:
-    """An attester whose evidence is true, and says what it is over."""
+    """An attester whose evidence is true, and says whose it is and what it is over."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def evidence(self, extra: bytes) -> bytes:
         assert len(extra) == 32
-        return b"quote " + extra
+        return self._name.encode() + b" quotes " + extra
 
-    def verify(self, evidence: bytes, extra: bytes) -> None:
-        if evidence != b"quote " + extra:
+    def verify(self, evidence: bytes, extra: bytes) -> CertifiedPlatform:
+        name, _, over = evidence.partition(b" quotes ")
+        if over != extra:
             raise AttestationError("the quote was made for something else")
+        return CertifiedPlatform(name.decode(), PlatformKind.HARDWARE, 1)
 
 
-def guard(channel: bytes = CHANNEL) -> Guard:
-    return Guard(Quotes(), channel)
+def guard(channel: bytes = CHANNEL, name: str = "a") -> Guard:
+    return Guard(Quotes(name), channel)
 
 
 def message(step: object) -> mg.MigrationMessage:
@@ -59,7 +65,7 @@ def offered(destination: Destination, proposal: mg.Propose, fresh: bytes) -> tup
 
 
 def test_state_comes_over_when_both_are_who_they_say() -> None:
-    source, destination = Source(guard()), Destination(guard())
+    source, destination = Source(guard()), Destination(guard(name="b"))
     out, proposal = asked(source)
     into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
     step = source.receive(HELD, out, "b", offer)
@@ -87,7 +93,7 @@ def test_state_comes_over_when_both_are_who_they_say() -> None:
 def test_offer_is_not_believed_when_something_in_it_was_substituted(change: dict[str, bytes]) -> None:
     source = Source(guard())
     out, proposal = asked(source)
-    _, offer = offered(Destination(guard()), proposal, MIGRATION_ID + NONCE)
+    _, offer = offered(Destination(guard(name="b")), proposal, MIGRATION_ID + NONCE)
     with pytest.raises(AttestationError, match="something else"):
         source.receive(HELD, out, "b", dataclasses.replace(offer, **change))
 
@@ -96,7 +102,7 @@ def test_offer_is_not_believed_when_it_was_made_for_another_proposal() -> None:
     source = Source(guard())
     out, proposal = asked(source)
     older = dataclasses.replace(proposal, nonce=bytes(32))
-    _, replayed = offered(Destination(guard()), older, MIGRATION_ID + NONCE)
+    _, replayed = offered(Destination(guard(name="b")), older, MIGRATION_ID + NONCE)
     forged = dataclasses.replace(replayed, proposal=proposal_digest(proposal))
     with pytest.raises(AttestationError, match="something else"):
         source.receive(HELD, out, "b", forged)
@@ -105,7 +111,7 @@ def test_offer_is_not_believed_when_it_was_made_for_another_proposal() -> None:
 def test_neither_is_believed_when_somebody_sits_between_them() -> None:
     """Who relays has other TLS keys: towards the source as destination, and towards the destination as source."""
     to_source, to_destination = channel_digest(b"key of a", b"key of m"), channel_digest(b"key of m", b"key of b")
-    source, destination = Source(guard(to_source)), Destination(guard(to_destination))
+    source, destination = Source(guard(to_source)), Destination(guard(to_destination, "b"))
     out, proposal = asked(source)
     into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
     with pytest.raises(AttestationError, match="something else"):
@@ -117,7 +123,7 @@ def test_neither_is_believed_when_somebody_sits_between_them() -> None:
 
 
 def test_proof_is_not_believed_when_it_is_of_another_offer() -> None:
-    destination = Destination(guard())
+    destination = Destination(guard(name="b"))
     _, proposal = asked(Source(guard()))
     into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
     other = dataclasses.replace(offer, key=TransportKey().public)
@@ -126,7 +132,7 @@ def test_proof_is_not_believed_when_it_is_of_another_offer() -> None:
 
 
 def test_proof_is_not_believed_when_its_commitment_was_substituted() -> None:
-    destination = Destination(guard())
+    destination = Destination(guard(name="b"))
     _, proposal = asked(Source(guard()))
     into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
     proof = guard().prove(proposal, offer)
@@ -136,7 +142,7 @@ def test_proof_is_not_believed_when_its_commitment_was_substituted() -> None:
 
 
 def test_state_is_not_taken_when_it_is_not_from_who_has_proven_itself() -> None:
-    destination = guard()
+    destination = guard(name="b")
     _, proposal = asked(Source(guard()))
     offer = destination.offer("a", proposal, MIGRATION_ID, NONCE)
     source, thief = guard(), guard()
@@ -173,7 +179,7 @@ def test_nothing_is_sealed_when_the_key_is_a_point_of_small_order() -> None:
 
 
 def test_key_is_used_once_and_for_its_own_attempt() -> None:
-    destination = guard()
+    destination = guard(name="b")
     _, proposal = asked(Source(guard()))
     offer = destination.offer("a", proposal, MIGRATION_ID, NONCE)
     source = guard()
@@ -195,3 +201,19 @@ def test_key_does_not_show_when_printed_or_pickled() -> None:
     assert repr(key) == "TransportKey(redacted)"
     with pytest.raises(TypeError, match="not serialised"):
         pickle.dumps(key)
+
+
+def test_offer_is_not_believed_when_another_platform_made_it_than_the_peer() -> None:
+    source = Source(guard())
+    out, proposal = asked(source)
+    _, offer = offered(Destination(guard(name="c")), proposal, MIGRATION_ID + NONCE)
+    with pytest.raises(AttestationError, match="b shows the evidence of c"):
+        source.receive(HELD, out, "b", offer)
+
+
+def test_proof_is_not_believed_when_another_platform_made_it_than_the_peer() -> None:
+    destination = Destination(guard(name="b"))
+    _, proposal = asked(Source(guard()))
+    into, offer = offered(destination, proposal, MIGRATION_ID + NONCE)
+    with pytest.raises(AttestationError, match="a shows the evidence of c"):
+        destination.receive(NOWHERE, into, "a", guard(name="c").prove(proposal, offer), b"")

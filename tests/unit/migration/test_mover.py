@@ -14,6 +14,7 @@ import pytest
 
 from tests.unit.vault.world import ENGINE, MAC_KEY, MemoryKeeper, new_record
 from vtpm.errors import AttestationError, ConflictError, StateError, StoreError, UsageError, VtpmError
+from vtpm.migration.certificates import CertifiedPlatform, PlatformKind
 from vtpm.migration.mover import MAX_INCOMING, NO_VM, Channel, Mover
 from vtpm.migration.payload import Payload
 from vtpm.migration.steps import MigrationError, Send
@@ -36,18 +37,20 @@ class Crash(Exception):
 
 
 class Attester:
-    """A perfect TPM: evidence is over what it is over."""
+    """A perfect TPM: evidence is over what it is over, and says whose it is."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.believes = True
 
     def evidence(self, extra: bytes) -> bytes:
-        return b"quote " + extra
+        return self.name.encode() + b" quotes " + extra
 
-    def verify(self, evidence: bytes, extra: bytes) -> None:
-        if evidence != b"quote " + extra or not self.believes:
+    def verify(self, evidence: bytes, extra: bytes) -> CertifiedPlatform:
+        name, _, over = evidence.partition(b" quotes ")
+        if over != extra or not self.believes:
             raise AttestationError("not believed")
+        return CertifiedPlatform(name.decode(), PlatformKind.HARDWARE, 1)
 
 
 class Host:

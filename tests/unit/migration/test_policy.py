@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vtpm.errors import NotFoundError, UsageError
-from vtpm.migration.policy import MAX_POLICY_BYTES, parse_policy, read_policy
+from vtpm.migration.policy import MAX_POLICY_BYTES, parse_policy, print_policy, read_policy
 from vtpm.tpm.hash_algorithms import HashAlgorithm
 
 A, B = "aa" * 32, "bb" * 32
@@ -36,6 +36,12 @@ def test_all_is_there_when_a_policy_is_read(tmp_path: Path) -> None:
     assert (policy.services_pcr, policy.services) == (14, {bytes.fromhex(A)})
     assert (policy.images_pcr, policy.images) == (11, {"process": {A}, "qemu-swtpm": frozenset()})
     assert policy.quoted == (0, 7, 11, 14)
+
+
+def test_policy_is_the_same_when_it_was_printed_and_read() -> None:
+    for text in (WHOLE, f'bank = "sha384"\n[pcrs]\n0 = ["{A[:32] * 3}"]\n'):
+        policy = parse_policy(text.encode())
+        assert parse_policy(print_policy(policy).encode()) == policy
 
 
 def test_nothing_is_allowed_when_a_policy_leaves_it_out() -> None:

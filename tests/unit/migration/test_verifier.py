@@ -124,6 +124,17 @@ def test_refused_when_something_else_has_booted(index: int) -> None:
         verify(evidence(PCRS | {index: b"x" * 32}))
 
 
+def test_services_are_shown_by_all_but_an_embedded_platform() -> None:
+    pcrs, taken = PCRS | {13: bytes(32)}, dataclasses.replace(POLICY, embedded=True)
+    with pytest.raises(AttestationError, match="does not lead to PCR 13"):
+        verify(evidence(pcrs, services=()), taken)
+    embedded = evidence(pcrs, services=(), certificate=certificate(PlatformKind.EMBEDDED))
+    assert verify(embedded, taken).kind is PlatformKind.EMBEDDED
+    # What it says all the same has to be so.
+    with pytest.raises(AttestationError, match="does not lead to PCR 13"):
+        verify(dataclasses.replace(embedded, services=SERVICES), taken)
+
+
 def test_refused_when_the_services_do_not_lead_to_their_pcr() -> None:
     for services in ((), SERVICES[:1], SERVICES[::-1], (*SERVICES, SERVICES[0])):
         with pytest.raises(AttestationError, match="does not lead to PCR 13"):
