@@ -58,6 +58,8 @@ MIGRATION_TIMEOUT_S = 180.0
 SHUTDOWN_TIMEOUT_S = 600.0
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 MAX_EVENT_WAIT_S = 30
+LOOK_TIMEOUT_S = 180.0
+"""For what looks at each kind of domain first, which may try out how virtual machines run."""
 EVENTS_PER_PAGE = 100
 
 Vtpms: TypeAlias = list[Vtpm]
@@ -301,7 +303,9 @@ class ManagerClient:
 
     def platform_policy(self) -> str:
         """Return the file of a platform policy that this host passes as it is now. Raises as platform_evidence."""
-        return decode(PlatformFile, self._request("GET", "/v1/platform/policy"), "the policy").content
+        return decode(
+            PlatformFile, self._request("GET", "/v1/platform/policy", read_s=LOOK_TIMEOUT_S), "the policy"
+        ).content
 
     def enrolled(self) -> EnrolledPlatform:
         """Return as what this host's platform is enrolled. Raises NotFoundError: it is not."""

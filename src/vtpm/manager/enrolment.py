@@ -22,13 +22,9 @@ from vtpm.migration.enrolment import (
     open_sealed,
 )
 from vtpm.migration.evidence_file import encode_evidence_file
-from vtpm.vault.launch_policy import ImageState
-from vtpm.wire.api_images import Image
 from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment, PlatformFile
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper_client import KeeperClient
-
-_ALLOWED = ImageState.ALLOWED.value
 
 
 class EnrolmentService:
@@ -40,7 +36,7 @@ class EnrolmentService:
         threads: of these calls alone.
         note: appends to the audit log.
         attester: shows what this platform is.
-        images: says which images may run vTPMs here.
+        images: says which images may run vTPMs here, by kind and measurement.
     """
 
     def __init__(
@@ -50,7 +46,7 @@ class EnrolmentService:
         threads: CallThreads,
         note: Note,
         attester: PlatformAttester,
-        images: Callable[[Caller], Awaitable[Sequence[Image]]],
+        images: Callable[[Caller], Awaitable[Sequence[tuple[str, str]]]],
     ) -> None:
         self._folder = folder
         self._keeper = keeper
@@ -99,8 +95,7 @@ class EnrolmentService:
     async def policy(self, caller: Caller) -> PlatformFile:
         """Return the file of a policy that this platform passes now. Raises as PlatformAttester.own_policy."""
         caller.require_admin("see what the platform is")
-        allowed = [(one.kind, one.measurement) for one in await self._images(caller) if one.state == _ALLOWED]
-        return PlatformFile(await self._threads.run(self._attester.own_policy, allowed))
+        return PlatformFile(await self._threads.run(self._attester.own_policy, await self._images(caller)))
 
     # -- in the threads ----------------------------------------------------------------------------------------------
     def _request(self, name: str) -> EnrolmentRequest:

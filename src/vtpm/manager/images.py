@@ -140,6 +140,16 @@ class ImageService:
         caller.require_admin("see the images that may run vTPMs")
         return [self._describe(image) for image in await self._door.run(lambda store: store.list_images())]
 
+    async def launchable(self, caller: Caller) -> list[tuple[str, str]]:
+        """Return kind and measurement of what may run vTPMs: what is allowed, and the first of a kind that would be."""
+        images = await self.images(caller)
+        found = [(image.kind, image.measurement) for image in images if image.state == ImageState.ALLOWED.value]
+        known = {image.kind for image in images}
+        for kind in (kind for kind in DomainKind if kind.value not in known):
+            with contextlib.suppress(VtpmError):  # this host has no such domains
+                found.append((kind.value, (await self._measure(kind)).measurement))
+        return found
+
     async def allow(self, wanted: AllowImage, caller: Caller) -> AllowedImage:
         """Let an image run vTPMs, also one that is not here yet."""
         caller.require_admin("allow images to run vTPMs")

@@ -47,7 +47,12 @@ class Moving:
             vtpms, Mover(ground, attester), self.peering, CallThreads("mover", THREADS), config.migration_retry_s
         )
         self.enrolment = EnrolmentService(
-            layout.platform_dir, keeper, CallThreads("enrolment", 1), vtpms.audit.append, attester, vtpms.images.images
+            layout.platform_dir,
+            keeper,
+            CallThreads("enrolment", 1),
+            vtpms.audit.append,
+            attester,
+            vtpms.images.launchable,
         )
         self._listener = listener
         self._tasks: list[asyncio.Task[None]] = []

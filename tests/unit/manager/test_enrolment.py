@@ -26,7 +26,6 @@ from vtpm.migration.certificates import PlatformKind, new_authority
 from vtpm.migration.enrolment import SealedCertificate, certify_request, decode_request, encode_file
 from vtpm.migration.evidence_file import EvidenceFile, decode_evidence_file
 from vtpm.vault.records import Event
-from vtpm.wire.api_images import Image
 from vtpm.wire.api_platform import KeepCertificate, NewEnrolment
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper import PlatformIdentity
@@ -34,7 +33,7 @@ from vtpm.wire.keeper import PlatformKind as KeeperKind
 from vtpm.wire.keeper_client import KeeperClient
 
 ROOT, USER = Caller(uid=0, gid=0, is_admin=True), Caller(uid=1000, gid=1000, is_admin=False)
-IMAGES = {"process": "allowed", "qemu": "retired"}
+IMAGES = [("process", "process image")]
 NOW = datetime.now(UTC)
 KEY = ec.generate_private_key(ec.SECP256R1())
 AUTHORITY = new_authority("test", KEY, NOW)
@@ -82,8 +81,8 @@ class Enrolling:
             self._images,
         )
 
-    async def _images(self, _caller: Caller) -> list[Image]:
-        return [Image(kind, f"{kind} image", "", "", state, "", []) for kind, state in IMAGES.items()]
+    async def _images(self, _caller: Caller) -> list[tuple[str, str]]:
+        return IMAGES
 
     async def _note(self, event: Event) -> None:
         self.events.append(event)
@@ -146,7 +145,7 @@ def test_name_is_refused_before_the_keeper_is_asked(enrolling: Enrolling) -> Non
 def test_evidence_and_policy_are_files_of_what_this_platform_is(enrolling: Enrolling) -> None:
     file = asyncio.run(enrolling.service.evidence(ROOT)).content
     assert decode_evidence_file(file.encode()) == EvidenceFile(bytes(32), b"evidence")
-    assert asyncio.run(enrolling.service.policy(ROOT)).content == repr([("process", "process image")])
+    assert asyncio.run(enrolling.service.policy(ROOT)).content == repr(IMAGES)
 
 
 Ask = Callable[[EnrolmentService], Coroutine[Any, Any, Any]]

@@ -299,9 +299,22 @@ def test_images_are_administrators_alone(tmp_path: Path) -> None:
             world.service.allow(AllowImage(ONE, "mine"), USER),
             world.service.retire(RetireImage(ONE), USER),
             world.service.launches(USER),
+            world.service.launchable(USER),
         ):
             with pytest.raises(AccessDeniedError):
                 await asked
         assert await world.service.images(ROOT) == []
+
+    run(tmp_path, test)
+
+
+def test_launchable_is_what_is_allowed_and_the_first_of_a_kind_that_is_not_known(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        assert await world.service.launchable(ROOT) == [("process", ONE)]
+        await world.start()
+        world.would_run |= {"process": Measured(TWO, 0x000902, "second"), "qemu": Measured(TWO, 0x000902, "machine")}
+        assert sorted(await world.service.launchable(ROOT)) == [("process", ONE), ("qemu", TWO)]
+        await world.service.retire(RetireImage(ONE), ROOT)
+        assert await world.service.launchable(ROOT) == [("qemu", TWO)]
 
     run(tmp_path, test)
