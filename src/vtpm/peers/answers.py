@@ -64,6 +64,11 @@ def decode_answer(answer: bytes) -> list[bytes]:
     return messages
 
 
+def _printable(text: str) -> str:
+    """Return a text that does nothing to a terminal or a log."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def _reported(answer: bytes) -> VtpmError:
     texts, at = [], 1
     for _ in range(_TEXTS):
@@ -72,7 +77,7 @@ def _reported(answer: bytes) -> VtpmError:
         if size > _MAX_TEXT_BYTES or len(answer) < at + _TEXT.size + size:
             raise ProtocolError("an error that a peer reports is cut off or too long")
         try:
-            texts.append(part.decode())
+            texts.append(_printable(part.decode()))
         except UnicodeDecodeError:
             raise ProtocolError("an error that a peer reports is not UTF-8") from None
         at += _TEXT.size + size
