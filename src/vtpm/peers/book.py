@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
+
 from vtpm.durable_file import read_file, replace_file, sync_directory
 from vtpm.errors import ConflictError, NotFoundError, StateError, StoreError, UsageError
-from vtpm.peers.identity import MAX_CERTIFICATE_BYTES, der_of, public_key_of
+from vtpm.peers.identity import MAX_CERTIFICATE_BYTES, der_of, plain_pem, public_key_of
 
 MAX_PEERS = 100
 MAX_URL_CHARS = 300
@@ -59,15 +62,16 @@ def new_peer(name: str, url: str, certificate: str) -> Peer:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:
+        # By the rules of what will connect there too: of numbers, lengths, and names in other letters.
+        _ = httpx.URL(url).host
+    except (ValueError, httpx.InvalidURL):
         parts, port = urlsplit(""), None
     host = parts.netloc.rpartition(":")[0]
     if url != f"https://{host}:{port}" or not _HOST.fullmatch(host) or not port or len(url) > MAX_URL_CHARS:
         raise UsageError(f"{url[:80]!r} is not https://HOST:PORT", next_step="Give its migration_address in that form")
     if len(certificate) > MAX_CERTIFICATE_BYTES:
         raise UsageError(f"a certificate has at most {MAX_CERTIFICATE_BYTES} bytes")
-    der_of(certificate)
-    return Peer(name, url, certificate)
+    return Peer(name, url, plain_pem(certificate))
 
 
 class Book:
@@ -79,6 +83,7 @@ class Book:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._adding = threading.Lock()
 
     def list(self) -> Sequence[Peer]:
         """Return all, by name. Raises StateError: a file is damaged; it is named."""
@@ -106,14 +111,15 @@ class Book:
             ConflictError: there are as many as there can be, or another has its URL or certificate.
             StateError: a file is damaged. StoreError: it is not durable.
         """
-        others = [other for other in self.list() if other.name != peer.name]
-        if len(others) >= MAX_PEERS:
-            raise ConflictError(f"this host has {len(others)} peers, and can have no more")
-        for other in others:
-            if peer.url == other.url or der_of(peer.certificate) == der_of(other.certificate):
-                raise ConflictError(f"peer {other.name} has that URL or certificate already")
-        content = {"version": _VERSION, "name": peer.name, "url": peer.url, "certificate": peer.certificate}
-        replace_file(self._path(peer.name), "peer", json.dumps(content, indent=1).encode())
+        with self._adding:
+            others = [other for other in self.list() if other.name != peer.name]
+            if len(others) >= MAX_PEERS:
+                raise ConflictError(f"this host has {len(others)} peers, and can have no more")
+            for other in others:
+                if peer.url == other.url or der_of(peer.certificate) == der_of(other.certificate):
+                    raise ConflictError(f"peer {other.name} has that URL or certificate already")
+            content = {"version": _VERSION, "name": peer.name, "url": peer.url, "certificate": peer.certificate}
+            replace_file(self._path(peer.name), "peer", json.dumps(content, indent=1).encode())
 
     def remove(self, name: str) -> None:
         """Forget one. Raises NotFoundError: there is none. StoreError: it may come back after a crash."""

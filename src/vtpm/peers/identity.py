@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -48,12 +49,17 @@ def der_of(certificate_pem: str) -> bytes:
     return _read(certificate_pem).public_bytes(Encoding.DER)
 
 
+def plain_pem(certificate_pem: str) -> str:
+    """Return a certificate without what else a PEM file may have. Raises UsageError: it is none."""
+    return _read(certificate_pem).public_bytes(Encoding.PEM).decode()
+
+
 def _read(certificate_pem: str) -> x509.Certificate:
     try:
         (certificate,) = x509.load_pem_x509_certificates(certificate_pem.encode())
         # Reads what it says of its key, which loading alone does not.
         certificate.public_key()
-    except (ValueError, TypeError, x509.InvalidVersion) as error:
+    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise UsageError(
             "this is not exactly one certificate in PEM", next_step="Take what `vtpm peer certificate` prints there"
         ) from error
@@ -77,14 +83,14 @@ class HostIdentity:
     secret: Secret = field(repr=False)
 
     def server_context(self) -> ssl.SSLContext:
-        """Return a context for those who connect here; it trusts nobody yet (see `trust`)."""
+        """Return a context for those who connect here; it trusts nobody yet (see `trust`). Raises StateError."""
         context = self._context(ssl.PROTOCOL_TLS_SERVER)
         # No session is resumed: each connection shows its certificate.
         context.num_tickets = 0
         return context
 
     def client_context(self, certificate: str) -> ssl.SSLContext:
-        """Return a context for connecting to the one host that has this certificate, PEM."""
+        """Return a context for connecting to the one host that has this certificate, PEM. Raises StateError."""
         context = self._context(ssl.PROTOCOL_TLS_CLIENT)
         # It is this very certificate, or none: names say nothing.
         context.check_hostname = False
@@ -96,17 +102,22 @@ class HostIdentity:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         context.set_alpn_protocols(_ALPN)
-        context.load_cert_chain(
-            os.fspath(self.folder / CERTIFICATE_FILE),
-            os.fspath(self.folder / KEY_FILE),
-            password=_password(self.secret).decode(),
-        )
+        key_path = self.folder / KEY_FILE
+        try:
+            context.load_cert_chain(
+                os.fspath(self.folder / CERTIFICATE_FILE), os.fspath(key_path), password=_password(self.secret).decode()
+            )
+        except OSError as error:
+            raise StateError(
+                f"{key_path} and its certificate do not open any more: {error}", next_step=_ANEW
+            ) from error
         return context
 
 
 def trust(context: ssl.SSLContext, certificate: str) -> None:
     """Let a context take one more certificate, PEM, for good."""
-    context.load_verify_locations(cadata=certificate)
+    # DER: what else a PEM file has is read by other rules there than here.
+    context.load_verify_locations(cadata=der_of(certificate))
 
 
 def open_identity(folder: Path, name: str, secret: Secret) -> HostIdentity:
