@@ -7,14 +7,14 @@ and a peer has seconds to say what it wants; neither holds up anybody else.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import ipaddress
 import logging
 import re
 import socket
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from uuid import UUID
 
 import h11
@@ -23,6 +23,7 @@ from vtpm.errors import ProtocolError, VtpmError
 from vtpm.peers.answers import MAX_MESSAGE_BYTES, encode_error, encode_messages
 from vtpm.peers.book import Book, Peer
 from vtpm.peers.identity import HostIdentity, trust
+from vtpm.wire.allowance import Allowance
 
 PATH = "/v1/migrations/"
 CONTENT_TYPE = "application/octet-stream"
@@ -34,8 +35,11 @@ IDLE_S = 60.0
 MAX_HANDSHAKES = 64
 MAX_HANDSHAKES_OF_ONE = 8
 """Of one address: strangers are told apart by nothing else."""
-MAX_CONNECTIONS_OF_ONE = 8
-"""Of one peer."""
+MAX_CONNECTIONS_OF_ONE = 32
+"""Of one peer: each vTPM that it moves has one, and many may move at once."""
+LINES_AT_ONCE = 20
+LINES_PER_S = 0.2
+"""Of strangers, and as many of peers: whoever connects without end does not fill the log."""
 _MAX_HEADER_BYTES = 8 * 1024
 _READ_BYTES = 64 * 1024
 _TARGET = re.compile(rf"{PATH}([0-9a-f]{{8}}(?:-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})".encode())
@@ -65,11 +69,14 @@ class PeerServer:
         self._identity = identity
         self._book = book
         self._handler = handler
-        self._handshakes: Counter[str] = Counter()
-        self._connections: Counter[str] = Counter()
-        self._trusted: frozenset[str] = frozenset()
-        self._context: ssl.SSLContext | None = None
+        self._present: tuple[frozenset[str], ssl.SSLContext] | None = None
+        self._presenting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Those who have not shown yet who they are, the oldest first, and from where they come.
+        self._strangers: dict[asyncio.Task[None], str] = {}
+        self._connections: Counter[str] = Counter()
+        self._lines_of_strangers = Allowance(LINES_AT_ONCE, LINES_PER_S)
+        self._lines_of_peers = Allowance(LINES_AT_ONCE, LINES_PER_S)
 
     async def serve(self) -> None:
         """Serve until cancelled; then every connection is closed."""
@@ -84,6 +91,8 @@ class PeerServer:
                     await asyncio.sleep(1)
                     continue
                 self._admit(connection, str(address[0]))
+                # What waits to be accepted is accepted without a pause, and would hold up all else.
+                await asyncio.sleep(0)
         finally:
             self._listener.close()
             for task in self._tasks:
@@ -91,29 +100,45 @@ class PeerServer:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _admit(self, connection: socket.socket, address: str) -> None:
-        if self._handshakes.total() >= MAX_HANDSHAKES or self._handshakes[address] >= MAX_HANDSHAKES_OF_ONE:
-            connection.close()
-            return
-        self._handshakes[address] += 1
+        """Let the newest try, if need be in the place of the oldest: a peer is done in milliseconds."""
+        origin = _origin(address)
+        of_one = [task for task, other in self._strangers.items() if other == origin]
+        if len(of_one) >= MAX_HANDSHAKES_OF_ONE:
+            self._displace(of_one[0])
+        elif len(self._strangers) >= MAX_HANDSHAKES:
+            self._displace(next(iter(self._strangers)))
         task = asyncio.get_running_loop().create_task(self._connected(connection, address))
+        self._strangers[task] = origin
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._strangers.pop(task, None)
+            connection.close()
+
+        task.add_done_callback(ended)
+
+    def _displace(self, task: asyncio.Task[None]) -> None:
+        del self._strangers[task]
+        task.cancel()
 
     async def _connected(self, connection: socket.socket, address: str) -> None:
-        with contextlib.closing(connection):
-            try:
-                reader, writer = await self._handshake(connection)
-                peer = await self._who(writer)
-            except (OSError, VtpmError) as error:
-                _log.info("%s is not let in: %s", address, error)
-                return
-            finally:
-                self._handshakes[address] -= 1
+        writer = None
+        try:
+            reader, writer = await self._handshake(connection)
+            peer = await self._who(writer)
+            self._strangers.pop(cast(asyncio.Task[None], asyncio.current_task()), None)
             await self._serve_peer(peer, reader, writer)
+        except (OSError, VtpmError) as error:
+            if self._lines_of_strangers.take():
+                _log.info("%s is not let in: %s", address, error)
+        finally:
+            if writer is not None:
+                writer.transport.abort()
 
     async def _handshake(self, connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
-        context = await asyncio.to_thread(self._present_context)
+        context = await self._present_context()
         reader = asyncio.StreamReader(limit=_READ_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         transport, _ = await loop.connect_accepted_socket(
@@ -121,22 +146,29 @@ class PeerServer:
         )
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
-    def _present_context(self) -> ssl.SSLContext:
-        """Return a context that takes the certificates in the book, and perhaps some that were removed since."""
+    async def _present_context(self) -> ssl.SSLContext:
+        """Return a context that takes the certificates in the book."""
+        # Of two threads at once, one might give out what the other had not filled yet.
+        async with self._presenting:
+            self._present = await asyncio.to_thread(self._context_of_book, self._present)
+            return self._present[1]
+
+    def _context_of_book(
+        self, known: tuple[frozenset[str], ssl.SSLContext] | None
+    ) -> tuple[frozenset[str], ssl.SSLContext]:
         certificates = frozenset(peer.certificate for peer in self._book.list())
-        if self._context is None:
-            self._context = self._identity.server_context()
-        for certificate in certificates - self._trusted:
-            trust(self._context, certificate)
-        self._trusted |= certificates
-        return self._context
+        if known is not None and known[0] == certificates:
+            return known
+        context = self._identity.server_context()
+        for certificate in certificates:
+            trust(context, certificate)
+        return certificates, context
 
     async def _who(self, writer: asyncio.StreamWriter) -> Peer:
         """Return the peer whose very certificate was shown. Raises ProtocolError: it is nobody's."""
         shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
         peer = None if shown is None else await asyncio.to_thread(self._book.of_certificate, shown)
         if peer is None:
-            writer.transport.abort()
             raise ProtocolError("it shows a certificate of no peer")
         return peer
 
@@ -144,14 +176,13 @@ class PeerServer:
         self._connections[peer.name] += 1
         try:
             if self._connections[peer.name] > MAX_CONNECTIONS_OF_ONE:
-                _log.warning("peer %s has more than %d connections", peer.name, MAX_CONNECTIONS_OF_ONE)
-                return
+                raise ProtocolError(f"it has more than {MAX_CONNECTIONS_OF_ONE} connections")
             await self._requests(reader, writer)
         except (OSError, TimeoutError, h11.ProtocolError, VtpmError) as error:
-            _log.info("peer %s: %s", peer.name, error or type(error).__name__)
+            if self._lines_of_peers.take():
+                _log.info("peer %s: %s", peer.name, str(error) or type(error).__name__)
         finally:
             self._connections[peer.name] -= 1
-            writer.transport.abort()
 
     async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADER_BYTES)
@@ -177,6 +208,12 @@ class PeerServer:
                     await writer.wait_closed()
                 return
             http.start_next_cycle()
+
+
+def _origin(address: str) -> str:
+    """Return what one stranger has to choose addresses from: of IPv6, a network of 64 bits."""
+    one = ipaddress.ip_address(address.partition("%")[0])
+    return address if isinstance(one, ipaddress.IPv4Address) else str(ipaddress.ip_network((one, 64), strict=False))
 
 
 def _asked(request: h11.Request) -> tuple[UUID, int]:
