@@ -144,6 +144,7 @@ class PeerServer:
         transport, _ = await loop.connect_accepted_socket(
             lambda: protocol, connection, ssl=context, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=1
         )
+        transport.set_write_buffer_limits(_READ_BYTES)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _present_context(self) -> ssl.SSLContext:
@@ -248,7 +249,8 @@ async def _body(http: h11.Connection, reader: asyncio.StreamReader, size: int) -
 async def _answer(http: h11.Connection, writer: asyncio.StreamWriter, answer: bytes) -> None:
     headers = [("Content-Type", CONTENT_TYPE), ("Content-Length", str(len(answer)))]
     for event in (h11.Response(status_code=200, headers=headers), h11.Data(data=answer), h11.EndOfMessage()):
-        data = http.send(event)
-        if data:
-            writer.write(data)
-    await writer.drain()
+        data = http.send(event) or b""
+        # In pieces: one that went to the transport whole would be waited for by nobody.
+        for start in range(0, len(data), _READ_BYTES):
+            writer.write(data[start : start + _READ_BYTES])
+            await writer.drain()
