@@ -55,6 +55,7 @@ CODECS = {
     "tpm/launch_log": HeldBy("tpm/test_launch_log.py", "launch_log", 80),
     "tpm/pcr_prediction": HeldBy("tpm/test_pcr_prediction.py", "event_log", 75),
     "tpm/authenticode": HeldBy("tpm/test_authenticode.py", "authenticode", 80),
+    "peers/answers": HeldBy("peers/test_answers.py", "answers", 90),
     "recovery_key": HeldBy("test_recovery_key.py", "backup", 75),
     "vault/backup": HeldBy("vault/test_backup.py", "backup", 55),
     "vault/passphrase": HeldBy("vault/test_passphrase.py", "backup", 50),
