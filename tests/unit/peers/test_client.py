@@ -261,6 +261,16 @@ def test_answer_is_refused_when_it_is_garbage(a: Host, b: Host, data: bytes, kin
     run(tries())
 
 
+def test_answer_is_refused_when_an_error_of_http_carries_messages(a: Host, b: Host) -> None:
+    async def tries() -> None:
+        data = GOOD.replace(b"200 OK", b"500 Oh")
+        async with Hostile(context_of(b, a), saying(data)) as server:
+            with pytest.raises(ProtocolError, match="answers with HTTP 500"):
+                await said(a, b.at(server.url))
+
+    run(tries())
+
+
 def test_answer_is_refused_when_it_has_no_end(a: Host, b: Host) -> None:
     chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
 
