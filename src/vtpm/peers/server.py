@@ -32,9 +32,9 @@ REQUEST_S = 15.0
 """How long a request may take to come whole, and an answer to be taken."""
 IDLE_S = 60.0
 """How long a connection may wait for its next request."""
-MAX_HANDSHAKES = 64
-MAX_HANDSHAKES_OF_ONE = 8
-"""Of one address: strangers are told apart by nothing else."""
+MAX_HANDSHAKES = 128
+MAX_HANDSHAKES_OF_ONE = 32
+"""Of one address: strangers are told apart by nothing else, and a peer may begin with all its connections at once."""
 MAX_CONNECTIONS_OF_ONE = 32
 """Of one peer: each vTPM that it moves has one, and many may move at once."""
 LINES_AT_ONCE = 20

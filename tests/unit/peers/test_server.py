@@ -372,13 +372,12 @@ def test_peer_is_cut_off_when_it_does_not_take_its_answer(tmp_path: Path, monkey
 
 
 def test_peer_is_served_when_strangers_hold_every_place(tmp_path: Path) -> None:
-    """From its own address, and from many."""
     a, b = acquainted(tmp_path)
 
     async def flood() -> None:
         async with serving(a) as served, contextlib.AsyncExitStack() as stack:
-            for source in range(1, 13):
-                for _ in range(10):
+            for source in range(2, 14):
+                for _ in range(12):
                     await stack.enter_async_context(connected(served.port, local_addr=(f"127.0.0.{source}", 0)))
             assert await b.say(a, served.url) == [b"hello"]
             assert len(served.server._strangers) <= module.MAX_HANDSHAKES
@@ -388,8 +387,8 @@ def test_peer_is_served_when_strangers_hold_every_place(tmp_path: Path) -> None:
 
 
 def test_those_of_one_address_displace_one_another_when_they_are_many(tmp_path: Path) -> None:
-    """Whoever floods from one address leaves those who shake hands from others alone."""
-    a = new_host(tmp_path, "a")
+    """Whoever floods from one address leaves those who shake hands from others alone, and keeps no peer out that is there too."""
+    a, b = acquainted(tmp_path)
 
     async def flood() -> None:
         async with serving(a) as served, contextlib.AsyncExitStack() as stack:
@@ -399,6 +398,7 @@ def test_those_of_one_address_displace_one_another_when_they_are_many(tmp_path: 
                 assert await rest(reader) == b""
             assert len(served.server._strangers) == module.MAX_HANDSHAKES_OF_ONE + 1
             assert not early.at_eof()
+            assert await b.say(a, served.url) == [b"hello"]
 
     run(flood())
 
@@ -426,6 +426,21 @@ def test_peer_is_served_when_another_holds_all_the_connections_that_it_may(tmp_p
 
     run(idle())
     assert len(a.heard) == module.MAX_CONNECTIONS_OF_ONE + 1
+
+
+def test_each_is_answered_when_one_peer_moves_many_at_once(tmp_path: Path) -> None:
+    a, b = acquainted(tmp_path)
+    together = asyncio.Barrier(20)
+
+    async def all_there(peer: Peer, vtpm_id: UUID, message: bytes) -> Sequence[bytes]:
+        await together.wait()
+        return [message]
+
+    async def at_once() -> list[list[bytes]]:
+        async with serving(a, all_there) as served:
+            return await asyncio.gather(*(b.say(a, served.url, b"%d" % number) for number in range(20)))
+
+    assert run(at_once()) == [[b"%d" % number] for number in range(20)]
 
 
 def test_one_context_is_made_when_the_first_connections_come_at_once(tmp_path: Path) -> None:
