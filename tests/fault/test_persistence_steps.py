@@ -80,6 +80,12 @@ STEPS = _steps(f"""
     K write keeper/recovery.public.next
     K fsync keeper/recovery.public.next
     K rename keeper/recovery.public.next
+    M unlink peers/other-host.json.next
+    M write peers/other-host.json.next
+    M fsync peers/other-host.json.next
+    M rename peers/other-host.json.next
+    M unlink peers/other-host.json
+    M fsync peers
     M unlink platform/enrolled.json.next
     M write platform/enrolled.json.next
     M fsync platform/enrolled.json.next

@@ -58,6 +58,7 @@ class Operations:
             with self._host.client() as client:
                 self._allow_and_drop(client, f"{_LABEL}{self._number}")
                 self._make_recovery_key(client)
+                self._add_and_remove_peer(client)
                 self._enrol(client, f"host-{self._number}")
                 self._make_and_delete(client, f"other-{self._number}")
                 self._write(client)
@@ -77,6 +78,7 @@ class Operations:
             self._recovery = status.platform.recovery
             _check_names(self._vtpms, {vtpm.name for vtpm in client.list()})
             _check_names(self._labels, {found.label for found in client.policy().sets})
+            _check_names(self._peers, {peer.name for peer in client.peers()})
             if self._enrolled is not None:
                 assert client.enrolled().name == self._enrolled
             ids = [event.id for event in client.all_events()]
@@ -140,6 +142,14 @@ class Operations:
             self._labels.pop(label, None)
             client.policy_drop(label)
             self._labels[label] = False
+
+    def _add_and_remove_peer(self, client: ManagerClient) -> None:
+        self._peers.pop(PEER, None)
+        client.add_peer(PEER, "https://192.0.2.1:8000", self._certificate)
+        self._peers[PEER] = True
+        del self._peers[PEER]
+        client.remove_peer(PEER)
+        self._peers[PEER] = False
 
     def _enrol(self, client: ManagerClient, name: str) -> None:
         asked = decode_request(client.request_enrolment(name).request.encode())
