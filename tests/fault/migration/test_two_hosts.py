@@ -20,13 +20,14 @@ import pytest
 from tests.fault.test_import_kills import killed_at
 from tests.integration.vtpm.test_backups import looked_at, manufactured
 from tests.support.cut_link import CutLink
-from tests.support.host import Host
+from tests.support.host import Host, wait_ended
 from tests.support.two_hosts import Peers, known_to_each_other
 from vtpm.errors import VtpmError
 from vtpm.wire.api_migrations import Migration, Phase
 
 SETTLE_S = 60.0
 """For both to find out how an attempt ended, once both are there and the link holds."""
+DYING_S = 0.5
 NAMES = ("host-a", "host-b")
 CUT_BYTES = int(os.environ.get("VTPM_CUT_BYTES", "1000"))
 """How far apart the points are where the link is cut, counted over a whole move."""
@@ -148,9 +149,12 @@ def test_exactly_one_host_has_it_whole_when_a_manager_is_killed_at_any_such_call
         source = vtpm.holder()
         (other,) = set(NAMES) - {source}
         victim = vtpm.peers.hosts[source if side == "source" else other]
+        pid = victim.pid("manager")
+        assert pid is not None
         with killed_at(victim, call, number, "-f"), contextlib.suppress(VtpmError):
             vtpm.move(source)
-        killed = not victim.manager_runs
+        # One that was killed dies once nobody traces it any more.
+        killed = wait_ended(pid, DYING_S)
         if killed:
             # Reaps it.
             victim.kill("manager")
