@@ -387,7 +387,7 @@ def test_peer_is_served_when_strangers_hold_every_place(tmp_path: Path) -> None:
 
 
 def test_those_of_one_address_displace_one_another_when_they_are_many(tmp_path: Path) -> None:
-    """Whoever floods from one address leaves those who shake hands from others alone, and keeps no peer out that is there too."""
+    """Whoever floods from one address keeps out neither those of others, nor a peer that is there too."""
     a, b = acquainted(tmp_path)
 
     async def flood() -> None:
