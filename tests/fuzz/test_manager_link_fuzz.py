@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 from hypothesis import given
@@ -17,7 +18,10 @@ from vtpm.tpm.types import StateKind
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     MAX_CHUNK_BYTES,
+    Arrive,
+    Depart,
     Direction,
+    MovePart,
     SaveBegin,
     SaveChunk,
     StateChunk,
@@ -25,6 +29,7 @@ from vtpm.wire.manager_link import (
     decode_message,
     encode_message,
 )
+from vtpm.wire.manager_link_moves import BlobReceiver, move_messages, sealed_messages
 from vtpm.wire.manager_link_peers import (
     CompletedSave,
     SaveReceiver,
@@ -188,3 +193,30 @@ def test_state_is_as_sent_or_refused_when_messages_are_lost_doubled_or_moved(
         assert result in (None, state)
     if not accidents:
         assert (result == state) is (StateKind.PERMANENT in state)
+
+
+_to_move = to_manager.filter(lambda message: isinstance(message, Depart | Arrive | MovePart))
+
+
+@effort.codec
+@given(_blob.filter(bool), st.integers(1, 9), st.lists(_to_move, max_size=4), st.data())
+def test_blob_of_a_move_arrives_whole_or_is_refused_whatever_comes_between(
+    blob: bytes, seq: int, others: list[Any], data: st.DataObject
+) -> None:
+    messages: list[Any] = list(move_messages(Depart, seq, blob))
+    for other in others:
+        messages.insert(data.draw(st.integers(0, len(messages))), other)
+    if data.draw(st.booleans()):
+        del messages[data.draw(st.integers(0, len(messages) - 1))]
+    receiver = BlobReceiver()
+    for message in messages:
+        try:
+            completed = receiver.receive(message)
+        except ProtocolError:
+            continue
+        if completed is not None:
+            assert hashlib.sha256(completed.data).digest() == completed.head.digest
+            assert len(completed.data) == completed.head.total
+    whole = [receiver.receive(message) for message in sealed_messages(seq, blob)][-1]
+    assert whole is not None
+    assert whole.data == blob

@@ -29,14 +29,22 @@ from vtpm.wire.instance_spec import InstanceArgs, InstanceFd, Role
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     SESSION_BYTES,
+    Activated,
+    Arrive,
+    Depart,
     Direction,
     Done,
     Hello,
     Load,
+    LoadError,
+    MoveError,
+    MovePart,
     Permit,
     PowerOn,
     Ready,
     Retry,
+    Return,
+    Returned,
     SaveBegin,
     SaveChunk,
     Saved,
@@ -48,10 +56,57 @@ from vtpm.wire.manager_link import (
     decode_message,
     encode_message,
 )
+from vtpm.wire.manager_link_moves import BlobReceiver, CompletedBlob, sealed_messages
 from vtpm.wire.manager_link_peers import SaveReceiver, state_messages
 
 TIMEOUT_S = 20.0
 M = TypeVar("M", bound=ToManager)
+
+
+class PlayedMoves:
+    """What a manager says of moves. All is refused until it is told otherwise; what is sealed is kept, and named."""
+
+    def __init__(self) -> None:
+        self.departs = False
+        """Whether Depart is granted."""
+        self.returns: Retry | None = Retry.LATER
+        """How Return is refused; None: it is granted."""
+        self.arrives = False
+        """Whether Arrive is granted for what a manager of the same key has sealed."""
+        self.silent = False
+        """It does not answer at all."""
+        self.has_load = True
+        """Whether a Load is answered; not while the vTPM is expected."""
+        self.sealed: dict[bytes, dict[StateKind, bytes]] = {}
+        """By what goes over; share it between two managers to let a vTPM move."""
+        self.extra_bytes = 20_000
+        self._blobs = BlobReceiver()
+
+    def answer(self, message: Any, state: dict[StateKind, bytes]) -> list[ToInstance]:
+        """Return the answer to a message, if it is about moves and whole."""
+        if isinstance(message, Return):
+            return [self._refused(message.seq, self.returns)] if self.returns is not None else [Returned(message.seq)]
+        blob = self._blobs.receive(message)
+        if blob is None or self.silent:
+            return []
+        return self._depart(blob, state) if isinstance(blob.head, Depart) else self._arrive(blob)
+
+    def _depart(self, blob: CompletedBlob, state: dict[StateKind, bytes]) -> list[ToInstance]:
+        if not self.departs:
+            return [self._refused(blob.head.seq, Retry.FINAL)]
+        sealed = os.urandom(self.extra_bytes)
+        self.sealed[sealed] = state | {StateKind.VOLATILE: blob.data}
+        return list(sealed_messages(blob.head.seq, sealed))
+
+    def _arrive(self, blob: CompletedBlob) -> list[ToInstance]:
+        opened = self.sealed.get(blob.data) if self.arrives else None
+        if opened is None:
+            return [self._refused(blob.head.seq, Retry.FINAL)]
+        return list(state_messages(blob.head.seq, opened))
+
+    @staticmethod
+    def _refused(seq: int, retry: Retry) -> MoveError:
+        return MoveError(seq, retry, "migration", "no migration of this vTPM is under way")
 
 
 class PlayedManager:
@@ -61,6 +116,7 @@ class PlayedManager:
         self._timeout_s = timeout_s
         self.state: dict[StateKind, bytes] = {}
         self.keeps = True
+        self.moves = PlayedMoves()
         self.told: list[ToManager] = []
         """All that came, in order."""
         self._sock = sock
@@ -85,6 +141,10 @@ class PlayedManager:
     def shut_down(self, mode: ShutdownMode = ShutdownMode.ORDERLY) -> Done:
         """Ask for the end and return the answer."""
         return self._ask(Shutdown(self._next(), mode))
+
+    def activate(self, arrival: int | None = None) -> None:
+        """Say that what has arrived may run; of the last Arrive if none is named."""
+        self._send(Activated(self.of(Arrive)[-1].seq if arrival is None else arrival))
 
     def wait_for(self, kind: type[M], fits: Callable[[M], bool] = lambda _: True) -> M:
         """Return the first message of a class that fits, once it has come."""
@@ -140,7 +200,13 @@ class PlayedManager:
                         self._came.notify_all()
 
     def _answer(self, message: Any) -> None:
-        if isinstance(message, Load):
+        if isinstance(message, Depart | Return | Arrive | MovePart):
+            if not self.moves.silent:
+                for answer in self.moves.answer(message, self.state):
+                    self._send(answer)
+        elif isinstance(message, Load) and not self.moves.has_load:
+            self._send(LoadError(message.seq, Retry.FINAL, "conflict", "the vTPM is not here"))
+        elif isinstance(message, Load):
             answers = state_messages(message.seq, self.state) if self.state else [Permit(message.seq, bytes([1] * 16))]
             for answer in answers:
                 self._send(answer)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vtpm.guest_link.journal import Journal, LinkState
+from vtpm.guest_link.journal import REPLY_BYTES, Journal, LinkState
 from vtpm.wire.emulator import Command, ControlDecoder, Malformed, Request, command_of, error_reply
 
 _RECEIVE_BYTES = 65536
@@ -62,6 +62,8 @@ class ControlLink:
         self._decoder = ControlDecoder(after=command_of(journal.request))
         self._head = b""
         """First bytes of a request of which a part has been taken."""
+        self._is_long = False
+        """Part of a request has been taken; the rest is taken as it comes."""
         self._partial_since_s: float | None = None
 
     def fileno(self) -> int:
@@ -82,6 +84,8 @@ class ControlLink:
         Raises:
             OSError: the peer is gone.
         """
+        if self._journal.reply_is_lost:
+            raise BrokenPipeError("a predecessor died within a reply that is too long to keep")
         if self._journal.state is LinkState.REPLYING:
             self._journal.send_rest(self._sock, _REPLY_TIMEOUT_S)
         elif self._journal.state is LinkState.BUSY:
@@ -107,7 +111,8 @@ class ControlLink:
             OSError: the connection broke.
         """
         waiting = self._sock.recv(_RECEIVE_BYTES, socket.MSG_PEEK)
-        if waiting and len(waiting) < _RECEIVE_BYTES and not self._decoder.completes(waiting):
+        is_short = len(waiting) < _RECEIVE_BYTES and not self._is_long
+        if waiting and is_short and not self._decoder.completes(waiting):
             return Received((), ended=self._given_up(waiting))
         self._partial_since_s = None
         self._head += waiting[: _HEAD_BYTES - len(self._head)]
@@ -123,6 +128,8 @@ class ControlLink:
             self._journal.end()
             return Received((), list(descriptors), ended=True)
         requests = self._decoder.feed(data)
+        # Its sender may be woken only when all of what it has sent is taken.
+        self._is_long = not requests
         if requests:
             self._head = b""
         return Received(requests, list(descriptors))
@@ -143,7 +150,10 @@ class ControlLink:
 
     def reply(self, reply: bytes) -> None:
         """Answer the request and end the turn. Raises OSError: the peer is gone or does not read."""
-        self._journal.reply(self._sock, reply, _REPLY_TIMEOUT_S)
+        if len(reply) > REPLY_BYTES:
+            self._journal.reply_unkept(self._sock, reply)
+        else:
+            self._journal.reply(self._sock, reply, _REPLY_TIMEOUT_S)
         self._decoder.replied()
 
     def fail_unfinished(self, result: int) -> None:

@@ -73,6 +73,11 @@ class Journal:
         sent = os.lseek(self._fd, 0, os.SEEK_CUR) - REPLY_AT
         return max(0, total - sent) if sent >= 0 else 0
 
+    @property
+    def reply_is_lost(self) -> bool:
+        """Whether the reply under way was one of `reply_unkept`: nobody has the rest of it."""
+        return self.state is LinkState.REPLYING and int.from_bytes(self._map[8:12], "big") > REPLY_BYTES
+
     # -- facts of the link that outlive the instance ----------------------------------------------------------------
     @property
     def power(self) -> JournaledPower:
@@ -114,6 +119,17 @@ class Journal:
         os.lseek(self._fd, REPLY_AT, os.SEEK_SET)
         self._map[0] = LinkState.REPLYING
         self.send_rest(sock, timeout_s)
+
+    def reply_unkept(self, sock: socket.socket, reply: bytes) -> None:
+        """Send a reply that is longer than REPLY_BYTES, and end the turn. No successor can end it: `reply_is_lost`.
+
+        Raises:
+            OSError: the peer is gone, or did not take the reply within the socket's time limit.
+        """
+        self._map[8:12] = len(reply).to_bytes(4, "big")
+        self._map[0] = LinkState.REPLYING
+        sock.sendall(reply)
+        self._map[0] = LinkState.IDLE
 
     def send_rest(self, sock: socket.socket, timeout_s: float) -> None:
         """Send what has not left of the reply, and end the turn. Raises OSError as `reply` does."""

@@ -25,7 +25,7 @@ class Refusal(enum.Enum):
     BAD_LOCALITY = (Rc12.TPM_BAD_LOCALITY, Rc20.TPM_RC_LOCALITY)
     """No TPM has this locality."""
     IN_USE = (Rc12.TPM_RETRY, Rc20.TPM_RC_RETRY)
-    """Another client uses the TPM: try again later."""
+    """Another client uses the TPM, or it may be on another host: nothing was begun, try again later."""
 
 
 def refuse(version: TpmVersion, refusal: Refusal) -> bytes:

@@ -1,7 +1,8 @@
 """What each control command does to the TPM: a table from request to reply or job. No I/O; main thread.
 
-Semantics follow QEMU 7.2 and Debian's swtpm 0.7.1 where they agree. GET_STATEBLOB and SET_STATEBLOB are refused and not
-advertised: they would hand out plain state and take in old state (they come with moving, and only for a ticket).
+Semantics follow QEMU 7.2 and Debian's swtpm 0.7.1 where they agree. Not with state: GET_STATEBLOB hands out what the
+manager has sealed for the one host that the vTPM goes to, and nothing without that; SET_STATEBLOB takes in nothing
+else, and INIT has the manager open it. The one blob is called permanent, and holds all kinds.
 """
 
 from __future__ import annotations
@@ -14,22 +15,27 @@ from functools import partial
 from vtpm.errors import VtpmError
 from vtpm.instance.worker import Power, Worker
 from vtpm.tpm.return_codes import Rc12
-from vtpm.tpm.types import Startup, TpmVersion
+from vtpm.tpm.types import Startup, StateKind
 from vtpm.wire.emulator import (
     MAX_INFO_BYTES,
     Capability,
     Command,
     GetInfo,
+    GetStateBlob,
     HashData,
     Init,
     InitFlags,
+    LockStorage,
     Malformed,
     ResetEstablished,
     SetBufferSize,
     SetLocality,
+    SetStateBlob,
+    StateFlags,
     encode_reply,
     error_reply,
 )
+from vtpm.wire.manager_link import MAX_SEALED_BYTES
 
 CAPABILITIES = (
     Capability.INIT
@@ -40,13 +46,18 @@ CAPABILITIES = (
     | Capability.CANCEL_TPM_CMD
     | Capability.STORE_VOLATILE
     | Capability.RESET_TPMESTABLISHED
+    | Capability.GET_STATEBLOB
+    | Capability.SET_STATEBLOB
     | Capability.STOP
     | Capability.GET_CONFIG
     | Capability.SET_DATAFD
     | Capability.SET_BUFFERSIZE
     | Capability.GET_INFO
     | Capability.SEND_COMMAND_HEADER
+    | Capability.LOCK_STORAGE
 )
+_LOCK_RETRY_S = 0.01
+_MOST_LOCK_RETRIES = 800
 
 
 class Interrupt(enum.Enum):
@@ -73,15 +84,15 @@ class ControlSession:
 
     Args:
         worker: the TPM.
-        version: of the TPM.
+        complain: takes a line for the log, in the TPM thread.
     """
 
     FAIL = int(Rc12.TPM_FAIL)
     IN_USE = int(Rc12.TPM_RETRY)
 
-    def __init__(self, worker: Worker, version: TpmVersion) -> None:
+    def __init__(self, worker: Worker, complain: Callable[[str], None]) -> None:
         self._worker = worker
-        self._version = version
+        self._complain = complain
 
     def handle(self, request: object) -> Outcome:
         """Return what a request leads to. SET_DATAFD is not handled here: it brings a descriptor."""
@@ -102,6 +113,13 @@ class ControlSession:
                 return Outcome(job=partial(self._set_buffer_size, size))
             case GetInfo(offset=offset):
                 return Outcome(self._info(offset))
+            case GetStateBlob(kind=kind, offset=offset):
+                return Outcome(job=partial(self._get_state, kind, offset))
+            case SetStateBlob():
+                return Outcome(job=partial(self._set_state, request))
+            case LockStorage(retries=retries):
+                limit_s = min(retries, _MOST_LOCK_RETRIES) * _LOCK_RETRY_S
+                return self._action(Command.LOCK_STORAGE, partial(worker.do_return, limit_s), Interrupt.NO)
         return self._handle_plain(getattr(request, "command", None))
 
     def _handle_plain(self, command: Command | None) -> Outcome:
@@ -155,7 +173,8 @@ class ControlSession:
     def _init(self, delete_volatile: bool) -> bytes:
         try:
             self._worker.do_power_on(Startup.NONE, keep_volatile=not delete_volatile)
-        except VtpmError:
+        except VtpmError as error:
+            self._complain(f"INIT failed: {error.message}")
             return encode_reply(Command.INIT, self.FAIL)
         return encode_reply(Command.INIT)
 
@@ -168,6 +187,39 @@ class ControlSession:
         except VtpmError:
             return encode_reply(Command.SET_BUFFERSIZE, self.FAIL)
         return encode_reply(Command.SET_BUFFERSIZE, size=size, min_size=least, max_size=most)
+
+    def _get_state(self, kind: StateKind, offset: int) -> bytes:
+        """Hand out the sealed state from an offset on, having it sealed first; of the other kinds there is nothing."""
+        worker, command = self._worker, Command.GET_STATEBLOB
+        if kind is not StateKind.PERMANENT:
+            if not worker.state_out:
+                return encode_reply(command, self.FAIL)
+            return encode_reply(command, flags=0, total=0)
+        try:
+            if not worker.state_out:
+                worker.do_depart()
+        except VtpmError as error:
+            self._complain(f"the state is not handed out: {error.message}")
+            return encode_reply(command, self.FAIL)
+        left = worker.state_out[offset:]
+        if not left:
+            return encode_reply(command, int(Rc12.TPM_BAD_PARAMETER))
+        return encode_reply(command, flags=StateFlags.ENCRYPTED, total=len(left), data=left)
+
+    def _set_state(self, request: SetStateBlob) -> bytes:
+        """Collect the pieces of a sealed state, for INIT; of the other kinds there can be nothing."""
+        worker, command = self._worker, Command.SET_STATEBLOB
+        if worker.power is Power.ON:
+            return encode_reply(command, int(Rc12.TPM_BAD_ORDINAL))
+        if not request.data:
+            return encode_reply(command)
+        if request.kind is not StateKind.PERMANENT or request.flags != StateFlags.ENCRYPTED:
+            return encode_reply(command, int(Rc12.TPM_BAD_PARAMETER))
+        if len(worker.state_in) + len(request.data) > MAX_SEALED_BYTES:
+            worker.state_in.clear()
+            return encode_reply(command, int(Rc12.TPM_SIZE))
+        worker.state_in += request.data
+        return encode_reply(command)
 
     def _info(self, offset: int) -> bytes:
         info = self._worker.info.encode() + b"\0"

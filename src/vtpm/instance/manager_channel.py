@@ -19,21 +19,30 @@ from functools import partial
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
 from vtpm.instance.outbox import Outbox
-from vtpm.instance.state_keeper import Permit
+from vtpm.instance.state_keeper import MoveRefusedError, Permit
 from vtpm.tpm.types import StateKind
 from vtpm.wire.framing import BadFrame, Deframer
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     MAX_SEQ,
+    Activated,
+    Arrive,
     AskLockout,
+    Depart,
+    Departed,
     Direction,
     Hello,
     Load,
     LoadError,
+    MoveError,
     PowerOn,
     Retry,
+    Return,
+    Returned,
+    SaveBegin,
     Saved,
     SaveError,
+    SealedPart,
     Shutdown,
     StateChunk,
     StateEnd,
@@ -41,13 +50,20 @@ from vtpm.wire.manager_link import (
     decode_message,
 )
 from vtpm.wire.manager_link import Permit as PermitMessage
+from vtpm.wire.manager_link_moves import BlobReceiver, move_messages
 from vtpm.wire.manager_link_peers import StateReceiver, save_messages
 
 LOAD_TIMEOUT_S = 5.0
 """A Load happens at power-on; firmware waits longer for a TPM than a running driver does."""
 SAVE_TIMEOUT_S = 1.5
 """Linux gives most TPM 2.0 commands 2 s (tpm2_calc_ordinal_duration); the answer must be there before."""
+DEPART_TIMEOUT_S = 8.0
+"""The guest is paused, and its switch-over waits: the manager has a durable record to write, and perhaps its anchor."""
+ARRIVE_TIMEOUT_S = 8.0
+"""Likewise at the other host."""
 RETRY_DELAY_S = 0.1
+Request = Hello | PowerOn | Shutdown | AskLockout | Activated
+"""What the manager says unasked."""
 _RECEIVE_BYTES = 65536
 _FRAMES_SENT = 2
 """At most, in one call: a save's head and its body, for most states have but one."""
@@ -59,12 +75,50 @@ class _Open:
 
     seq: int
     messages: tuple[ToManager, ...] = field(repr=False)
-    state: StateReceiver | None
-    """For a Load."""
+    asks: type[ToManager]
+    state: StateReceiver = field(init=False)
+    """For a Load and an Arrive."""
+    sealed: BlobReceiver = field(init=False)
+    """For a Depart."""
     answered: bool = False
-    result: Mapping[StateKind, bytes] | Permit | None = field(default=None, repr=False)
+    result: Mapping[StateKind, bytes] | Permit | bytes | None = field(default=None, repr=False)
     error: VtpmError | None = None
     retry: Retry = Retry.FINAL
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing of the answer has come."""
+        self.state, self.sealed = StateReceiver(self.seq), BlobReceiver()
+
+    def take(self, message: object) -> None:
+        """Take a message that names this question. Raises ProtocolError: it is no answer to it."""
+        match message:
+            case StateChunk() | StateEnd() if self.asks in (Load, Arrive):
+                self.result = self.state.receive(message)
+                self.answered = self.result is not None
+                return
+            case Departed() | SealedPart() if self.asks is Depart:
+                blob = self.sealed.receive(message)
+                self.result = blob.data if blob is not None else None
+                self.answered = blob is not None
+                return
+            case PermitMessage() if self.asks is Load:
+                self.result = Permit(message.permit_id)
+            case LoadError() if self.asks is Load:
+                self.error, self.retry = StateError(f"{message.code}: {message.message}"), message.retry
+            case MoveError() if self.asks in (Depart, Return, Arrive):
+                self.error, self.retry = MoveRefusedError(f"{message.code}: {message.message}"), message.retry
+            case SaveError() if self.asks is SaveBegin:
+                self.error = StoreError(f"{message.code}: {message.message}")
+            case Saved() if self.asks is SaveBegin:
+                pass
+            case Returned() if self.asks is Return:
+                pass
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} does not answer question {self.seq}")
+        self.answered = True
 
 
 class ManagerChannel:
@@ -72,7 +126,7 @@ class ManagerChannel:
 
     Args:
         fd: the link, which is read and written, be it a socket or a virtio-serial port; made non-blocking.
-        on_request: called in the main thread with Hello, PowerOn, Shutdown and AskLockout.
+        on_request: called in the main thread with each Request.
         post: has something run in the main thread.
         complain: takes a line for the log.
     """
@@ -80,7 +134,7 @@ class ManagerChannel:
     def __init__(
         self,
         fd: int,
-        on_request: Callable[[Hello | PowerOn | Shutdown | AskLockout], None],
+        on_request: Callable[[Request], None],
         post: Callable[[Callable[[], None]], None],
         complain: Callable[[str], None],
     ) -> None:
@@ -118,9 +172,10 @@ class ManagerChannel:
         deadline_s = time.monotonic() + LOAD_TIMEOUT_S
         while True:
             seq = self._next_seq()
-            question = _Open(seq, (Load(seq),), StateReceiver(seq))
+            question = _Open(seq, (Load(seq),), Load)
             self._ask(question, deadline_s, "state to load")
             if question.result is not None:
+                assert not isinstance(question.result, bytes)
                 return question.result
             if question.retry is Retry.FINAL or time.monotonic() + RETRY_DELAY_S > deadline_s:
                 raise question.error or StateError("the manager gave no state")
@@ -135,10 +190,38 @@ class ManagerChannel:
         """
         seq = self._next_seq()
         messages = tuple(save_messages(seq, kind, data, permit.permit_id if permit else None))
-        question = _Open(seq, messages, None)
+        question = _Open(seq, messages, SaveBegin)
         self._ask(question, time.monotonic() + SAVE_TIMEOUT_S, f"a save of {kind.name} state")
         if question.error is not None:
             raise question.error
+
+    def depart(self, volatile: bytes) -> bytes:
+        """Give the volatile state for another host, and return all state sealed for that one; see StateKeeper."""
+        seq = self._next_seq()
+        sealed = self._move(_Open(seq, tuple(move_messages(Depart, seq, volatile)), Depart), DEPART_TIMEOUT_S)
+        assert isinstance(sealed, bytes)
+        return sealed
+
+    def take_back(self, timeout_s: float) -> None:
+        """Ask to go on here after a departure; see StateKeeper."""
+        seq = self._next_seq()
+        self._move(_Open(seq, (Return(seq),), Return), timeout_s)
+
+    def arrive(self, sealed: bytes, begun: Callable[[int], None]) -> Mapping[StateKind, bytes]:
+        """Give a sealed state that was brought, and return it opened; see StateKeeper."""
+        seq = self._next_seq()
+        begun(seq)
+        state = self._move(_Open(seq, tuple(move_messages(Arrive, seq, sealed)), Arrive), ARRIVE_TIMEOUT_S)
+        assert isinstance(state, Mapping)
+        return state
+
+    def _move(self, question: _Open, timeout_s: float) -> Mapping[StateKind, bytes] | Permit | bytes | None:
+        self._ask(question, time.monotonic() + timeout_s, f"{question.asks.__name__} of a move")
+        if question.error is None:
+            return question.result
+        if question.retry is Retry.LATER:
+            raise UnavailableError(question.error.message)
+        raise question.error
 
     def _next_seq(self) -> int:
         with self._lock:
@@ -212,8 +295,7 @@ class ManagerChannel:
             question = self._open
             if question is None:
                 return
-            if question.state is not None:
-                question.state = StateReceiver(question.seq)
+            question.begin()
             self._out.ask(question.messages)
             self._watch()
 
@@ -260,30 +342,16 @@ class ManagerChannel:
 
     def _receive(self, body: bytes) -> None:
         message = decode_message(body, Direction.TO_INSTANCE)
-        if isinstance(message, Hello | PowerOn | Shutdown | AskLockout):
+        if isinstance(message, Request):
             # From either thread, so that they keep their order.
             self._post(partial(self._on_request, message))
             return
         with self._lock:
             question = self._open
-            seq = getattr(message, "seq", None)
-            if question is None or seq != question.seq:
+            if question is None or getattr(message, "seq", None) != question.seq:
                 # An answer to a question given up, or given twice after a manager's restart.
                 return
-            is_load = question.state is not None
-            if isinstance(message, StateChunk | StateEnd) and question.state is not None:
-                state = question.state.receive(message)
-                if state is None:
-                    return
-                question.result = state
-            elif isinstance(message, PermitMessage) and is_load:
-                question.result = Permit(message.permit_id)
-            elif isinstance(message, LoadError) and is_load:
-                question.error = StateError(f"{message.code}: {message.message}")
-                question.retry = message.retry
-            elif isinstance(message, SaveError) and not is_load:
-                question.error = StoreError(f"{message.code}: {message.message}")
-            elif not (isinstance(message, Saved) and not is_load):
-                raise ProtocolError(f"a {type(message).__name__} does not answer question {seq}")
-            question.answered = True
+            question.take(message)
+            if not question.answered:
+                return
         os.eventfd_write(self._answered, 1)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from vtpm.wire.framing import encode_frame
-from vtpm.wire.manager_link import ClientChanged, LockoutChanged, Note, PowerChanged, ToManager, encode_message
+from vtpm.wire.manager_link import ClientChanged, LockoutChanged, Note, PowerChanged, ToManager, Wanted, encode_message
 
 MAX_NOTES = 32
-_FACTS = (PowerChanged, ClientChanged, LockoutChanged)
+_FACTS = (PowerChanged, ClientChanged, LockoutChanged, Wanted)
 
 
 @dataclass

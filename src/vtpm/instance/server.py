@@ -29,13 +29,14 @@ from vtpm.instance.control import ControlSession
 from vtpm.instance.control_client import ControlClient
 from vtpm.instance.ends import Ends
 from vtpm.instance.lockout_watch import Seen
-from vtpm.instance.manager_channel import ManagerChannel
+from vtpm.instance.manager_channel import ManagerChannel, Request
 from vtpm.instance.tpm_engine import MakeEngine
 from vtpm.instance.worker import Power, Worker
 from vtpm.wire.emulator import Command, encode_reply
 from vtpm.wire.hold import ParkedKind
 from vtpm.wire.instance_spec import InstanceArgs, Role
 from vtpm.wire.manager_link import (
+    Activated,
     AskLockout,
     ClientChanged,
     ClientKind,
@@ -49,6 +50,7 @@ from vtpm.wire.manager_link import (
     Ready,
     Shutdown,
     ShutdownMode,
+    Wanted,
 )
 
 _POWER = {Power.OFF: LinkPower.OFF, Power.ON: LinkPower.ON, Power.FAILED: LinkPower.FAILED}
@@ -91,9 +93,10 @@ class InstanceServer:
             self._on_power,
             self._on_detached,
             self._on_lockout,
+            self._on_wanted,
             make_engine,
         )
-        self._session = ControlSession(self._worker, args.tpm_version)
+        self._session = ControlSession(self._worker, self._on_failed_move)
         self._control: ControlClient | None = None
         self._control_peer: Client | None = None
         self._emulator_attached = False
@@ -151,7 +154,7 @@ class InstanceServer:
         if not self._channel.on_ready():
             self._end(Ending.ABANDONED, "the manager link ended")
 
-    def _on_manager(self, message: Hello | PowerOn | Shutdown | AskLockout) -> None:
+    def _on_manager(self, message: Request) -> None:
         if isinstance(message, Hello):
             self._channel.forget_unsent()
             if self._worker.lockout.lockout.locked:
@@ -170,6 +173,10 @@ class InstanceServer:
             self._told = None
             self._tell_client()
             self._channel.repeat()
+            if self._worker.passage.waits:
+                self._on_wanted(self._worker.passage.arrival)
+        elif isinstance(message, Activated):
+            self._worker.passage.activate(message.seq)
         elif isinstance(message, PowerOn):
             self._on_power_on(message)
         elif isinstance(message, AskLockout):
@@ -317,6 +324,14 @@ class InstanceServer:
         self._channel.tell(
             LockoutChanged(lockout.locked, lockout.failed_tries, lockout.max_tries, lockout.interval_s, seen.since)
         )
+
+    def _on_wanted(self, arrival: int) -> None:
+        # In either thread.
+        self._channel.tell(Wanted(arrival))
+
+    def _on_failed_move(self, text: str) -> None:
+        # In the TPM thread.
+        self.post(partial(self._failures.add, text))
 
     def _on_detached(self) -> None:
         # In the TPM thread.

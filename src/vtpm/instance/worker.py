@@ -13,15 +13,23 @@ import select
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from vtpm.engine.engine import Engine, Origin, Served, ServeEnd
-from vtpm.errors import ConflictError, EngineError, StateError, StoreError, VtpmError
+from vtpm.errors import (
+    ConflictError,
+    EngineError,
+    StateError,
+    StoreError,
+    UnavailableError,
+    VtpmError,
+)
 from vtpm.guest_link.data_link import DataLink, EmulatorDataLink
 from vtpm.guest_link.unpowered import Refusal, refuse
 from vtpm.instance.lockout_watch import LockoutWatch, Seen
-from vtpm.instance.state_keeper import Permit, StateKeeper
+from vtpm.instance.passage import Passage, Stage
+from vtpm.instance.state_keeper import MoveRefusedError, Permit, StateKeeper
 from vtpm.instance.tpm_engine import MakeEngine
 from vtpm.tpm.lockout import GET_LOCKOUT
 from vtpm.tpm.power_commands import SHUTDOWN_CLEAR, SHUTDOWN_CODE, STARTUP
@@ -30,6 +38,10 @@ from vtpm.tpm.types import Locality, Startup, StateKind, TpmVersion
 from vtpm.wire.tpm_stream import BadCommand, BadReason, TpmCommand
 
 EXIT_DEFECT = 72
+RETURN_TIMEOUT_S = 1.5
+"""A guest's command waits for this, as for a save: its driver gives it 2 s."""
+ACTIVATION_TIMEOUT_S = 1.5
+"""Likewise."""
 
 _SUCCESS = bytes(4)
 _SHUT_DOWN = frozenset({_SUCCESS, Rc20.TPM_RC_INITIALIZE.to_bytes(4, "big")})
@@ -55,6 +67,7 @@ class Worker:
         report: called in the TPM thread with (power, why) at each change of power.
         detached: called in the TPM thread when a data channel is no longer served.
         report_lockout: called in the TPM thread when a TPM 2.0 became locked or free, and when asked for.
+        report_wanted: called in the TPM thread, with the number of the arrival, when a command waits for activation.
         make_engine: makes what carries the TPM out.
     """
 
@@ -66,6 +79,7 @@ class Worker:
         report: Callable[[Power, str], None],
         detached: Callable[[], None],
         report_lockout: Callable[[Seen], None],
+        report_wanted: Callable[[int], None],
         make_engine: MakeEngine = Engine,
     ) -> None:
         self._version = version
@@ -73,6 +87,13 @@ class Worker:
         self._report = report
         self._detached = detached
         self._watch = LockoutWatch(report_lockout)
+        self._report_wanted = report_wanted
+        self.passage = Passage()
+        """Whether the vTPM is here, and not on its way."""
+        self.state_in = bytearray()
+        """What SET_STATEBLOB has brought; bounded by who fills it. TPM thread."""
+        self.state_out = b""
+        """What GET_STATEBLOB hands out: sealed. TPM thread."""
         self._permit: Permit | None = None
         self._engine = make_engine(version, self._store)
         self._power = power
@@ -105,6 +126,7 @@ class Worker:
 
     def cancel(self) -> None:
         """Ask libtpms to give up the command under way; it answers TPM_RC_CANCELED where it can."""
+        self.passage.give_up()
         self._engine.cancel()
 
     @property
@@ -166,8 +188,11 @@ class Worker:
             VtpmError: there is no state for it, or the engine does not take it. The TPM stays off; after an
                 EngineError, or when the first state could not be kept, it is FAILED and the engine is spent.
         """
+        arrived = bytes(self.state_in)
         self.do_stop()
-        answer = self._keeper.load()
+        answer = self._arrive(arrived) if arrived else self._load()
+        # What has come with the guest is no volatile state that a client could mean when it has that deleted.
+        keep_volatile = keep_volatile or bool(arrived)
         try:
             if isinstance(answer, Permit):
                 self._permit = answer
@@ -194,10 +219,70 @@ class Worker:
             if code != _SUCCESS:
                 raise StateError(f"TPM startup {startup} answered 0x{code.hex()}")
 
+    def _load(self) -> Mapping[StateKind, bytes] | Permit:
+        self._take_back(RETURN_TIMEOUT_S)
+        return self._keeper.load()
+
+    def _arrive(self, sealed: bytes) -> Mapping[StateKind, bytes]:
+        before = self.passage.stage
+        if before not in (Stage.HERE, Stage.INERT):
+            raise ConflictError(f"a state was brought for a vTPM that {before.value}")
+        try:
+            return self._keeper.arrive(sealed, self.passage.expect)
+        except MoveRefusedError:
+            # It was not taken in, and what was true before is true still.
+            self.passage.enter(before)
+            raise
+
+    def do_depart(self) -> None:
+        """Have the state sealed for another host, into `state_out`; from the first word of this nothing runs.
+
+        Raises:
+            StateError, ConflictError: the TPM is not on, or is not here.
+            MoveRefusedError: the manager refuses; the TPM goes on.
+            VtpmError: nobody knows, and the TPM stands still until its return.
+        """
+        if self._power is not Power.ON:
+            raise StateError("the TPM is not powered on, so it has no state to hand out")
+        if self.passage.stage not in (Stage.HERE, Stage.LEAVING):
+            raise ConflictError(f"the state of a vTPM that {self.passage.stage.value} is not handed out")
+        volatile = self._engine.get_state(StateKind.VOLATILE)
+        self.passage.enter(Stage.LEAVING)
+        try:
+            self.state_out = self._keeper.depart(volatile)
+        except MoveRefusedError:
+            self.passage.enter(Stage.HERE)
+            raise
+
+    def do_return(self, timeout_s: float) -> None:
+        """Go on here after a departure; nothing when there was none.
+
+        Raises:
+            UnavailableError: the manager did not say yet. Ask again.
+            MoveRefusedError: the vTPM has moved, now or before.
+        """
+        self._take_back(timeout_s)
+
+    def _take_back(self, timeout_s: float) -> None:
+        if self.passage.stage is Stage.GONE:
+            raise MoveRefusedError("the vTPM has moved to another host")
+        if self.passage.stage is not Stage.LEAVING:
+            return
+        try:
+            self._keeper.take_back(timeout_s)
+        except MoveRefusedError:
+            self.passage.enter(Stage.GONE)
+            raise
+        finally:
+            self.state_out = b""
+        self.passage.enter(Stage.HERE)
+
     def do_power_off(self) -> None:
         """Cut the power, as a reset does: what TPM2_Shutdown was not called for is not saved."""
+        self.state_in.clear()
+        self.state_out = b""
         if self._engine.powered:
-            if not self._was_shut_down():
+            if self.passage.runs and not self._was_shut_down():
                 self._watch.power_lost()
             self._engine.power_off()
         if self._power is Power.ON:
@@ -222,7 +307,7 @@ class Worker:
             EngineError: the TPM did not carry it out. The power is cut.
         """
         code = _SUCCESS
-        if self._power is Power.ON and self._version is TpmVersion.V2_0 and not self._was_shut_down():
+        if self._shuts_down_in_order():
             code = self._process(SHUTDOWN_CLEAR, 0)[6:10]
         lost = self._engine.store_error
         self.do_power_off()
@@ -233,19 +318,24 @@ class Worker:
         raise EngineError(f"the TPM was not shut down in order: it answered TPM2_Shutdown with 0x{code.hex()}")
 
     def do_serve_next(self) -> None:
-        """End in order what the client before did, and be ready for the next one. Raises VtpmError: it is not."""
+        """End in order what the client before did, and be ready for the next one. Raises VtpmError: it is not.
+
+        A vTPM that is on its way is not asked back for that: its QEMU ends when the guest has left with it.
+        """
         self.do_orderly_power_off()
-        self.do_power_on(Startup.NONE)
+        if self.passage.runs:
+            self.do_power_on(Startup.NONE)
 
     def do_store_volatile(self) -> None:
         """Hand the volatile state to the manager. Raises VtpmError: it is not kept."""
         if self._power is not Power.ON:
             raise StateError("the TPM is not powered on, so it has no volatile state")
+        self._check_here()
         self._keeper.save(StateKind.VOLATILE, self._engine.get_state(StateKind.VOLATILE), None)
 
     def do_tell_lockout(self) -> None:
         """Look whether the TPM is locked, if it is on, and report it, changed or not."""
-        if self._power is Power.ON and self._version is TpmVersion.V2_0:
+        if self._power is Power.ON and self._version is TpmVersion.V2_0 and self.passage.runs:
             self._look_at_lockout()
         self._watch.tell()
 
@@ -267,6 +357,8 @@ class Worker:
 
     def _beside_commands(self, act: Callable[[], int]) -> int:
         """Run what is no command and yet may write state; that this was not kept shows at once, as with a command."""
+        if not self._admit():
+            return int(Rc12.TPM_FAIL)
         result = act()
         if self._failed_to_store():
             return int(Rc12.TPM_FAIL)
@@ -312,7 +404,9 @@ class Worker:
     def _serve_for_ever(self) -> None:
         while True:
             link, serve = self._link, self._engine.serve
-            if serve is not None and link is not None and link.between_commands and self._power is Power.ON:
+            direct = serve is not None and self._power is Power.ON and self.passage.runs
+            if direct and link is not None and link.between_commands:
+                assert serve is not None
                 self._serve_directly(link, serve)
             else:
                 self._serve_waiting()
@@ -377,9 +471,32 @@ class Worker:
             return refuse(self._version, Refusal.BAD_LOCALITY if bad_locality else Refusal.BAD_SIZE)
         if self._power is not Power.ON:
             return refuse(self._version, Refusal.FAILED if self._power is Power.FAILED else Refusal.NOT_POWERED)
+        if not self._admit():
+            gone = self.passage.stage is Stage.GONE
+            return refuse(self._version, Refusal.FAILED if gone else Refusal.IN_USE)
         return self._process(command.data, self.locality if command.locality is None else command.locality)
 
+    def _admit(self) -> bool:
+        """Whether a command may run, for which it is held for as long as a guest's driver waits.
+
+        After a departure it is a sign that the guest goes on here; after an arrival, that it goes on at all.
+        """
+        stage = self.passage.stage
+        if stage is Stage.LEAVING:
+            with contextlib.suppress(UnavailableError, MoveRefusedError):
+                self._take_back(RETURN_TIMEOUT_S)
+        elif stage is Stage.INERT:
+            if self.passage.begin_wait():
+                self._report_wanted(self.passage.arrival)
+            self.passage.wait_activated(ACTIVATION_TIMEOUT_S)
+        return self.passage.runs
+
+    def _check_here(self) -> None:
+        if not self.passage.runs:
+            raise ConflictError(f"nothing runs or is saved of a vTPM that {self.passage.stage.value}")
+
     def _process(self, command: bytes, locality: int) -> bytes:
+        self._check_here()
         try:
             response = self._engine.process(command, Locality(locality))
         except EngineError as error:
@@ -412,10 +529,15 @@ class Worker:
         self._fail(f"state could not be kept: {self._engine.store_error}")
         return True
 
+    def _shuts_down_in_order(self) -> bool:
+        is_on = self._power is Power.ON and self._version is TpmVersion.V2_0
+        return is_on and self.passage.runs and not self._was_shut_down()
+
     def _was_shut_down(self) -> bool:
         return self._last == (SHUTDOWN_CODE, _SUCCESS)
 
     def _store(self, kind: StateKind, data: bytes) -> None:
+        self._check_here()
         permit = self._permit if kind is StateKind.PERMANENT else None
         self._keeper.save(kind, data, permit)
         if permit is not None:

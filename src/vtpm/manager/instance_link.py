@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from vtpm.errors import ProtocolError, StateError, StoreError, UnavailableError, VtpmError
+from vtpm.manager.instance_moves import NO_MOVE, InstanceMoves, MoveCalls
 from vtpm.tpm.types import InstanceId, Startup, TpmVersion, VtpmId
 from vtpm.vault.records import SaveAck
 from vtpm.vault.vault import PermitGranted, Vault
@@ -28,8 +29,10 @@ from vtpm.wire.framing import END, BadFrame, Deframer, encode_frame
 from vtpm.wire.manager_link import (
     MAX_BODY_BYTES,
     SESSION_BYTES,
+    Arrive,
     AskLockout,
     ClientChanged,
+    Depart,
     Direction,
     Done,
     Hello,
@@ -37,12 +40,14 @@ from vtpm.wire.manager_link import (
     Load,
     LoadError,
     LockoutChanged,
+    MovePart,
     Note,
     Permit,
     PowerChanged,
     PowerOn,
     Ready,
     Retry,
+    Return,
     SaveBegin,
     SaveChunk,
     Saved,
@@ -50,6 +55,7 @@ from vtpm.wire.manager_link import (
     Shutdown,
     ShutdownMode,
     ToInstance,
+    Wanted,
     decode_message,
     encode_message,
 )
@@ -89,6 +95,7 @@ class InstanceLink:
         vault: where its saves go.
         on_change: called when `facts` changed, with a line for the audit log or "".
         on_misbehaviour: called once, when it has sent more nonsense than a restart or a lost byte explains.
+        moves: who decides what it asks about a live move; by default everything is refused.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class InstanceLink:
         vault: Vault,
         on_change: Callable[[InstanceLink, str], None],
         on_misbehaviour: Callable[[InstanceLink], None],
+        moves: MoveCalls = NO_MOVE,
     ) -> None:
         sock.setblocking(False)
         self.name = name
@@ -123,6 +131,7 @@ class InstanceLink:
         self._saves = SaveReceiver()
         self._saving: Future[SaveAck] | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._moves = InstanceMoves(moves, self._send)
         # Guards `_out`, the socket's end and writes to it: answers to saves are sent from the store's thread.
         self._sending = threading.Lock()
         self._out: deque[memoryview] = deque()
@@ -165,6 +174,10 @@ class InstanceLink:
             self._send(AskLockout())
         await asyncio.wait({self._looking}, timeout=timeout_s)
 
+    def activate(self) -> None:
+        """Let the vTPM run that has arrived at this instance; see InstanceMoves."""
+        self._moves.activate()
+
     def close(self) -> None:
         """Let go of the link. Saves under way go on in the vault, and are not answered."""
         with self._sending:
@@ -176,6 +189,7 @@ class InstanceLink:
             self._sock.close()
         if self._loading is not None:
             self._loading.cancel()
+        self._moves.close()
         gone = UnavailableError(f"the instance of {self.name} is gone")
         waiters: list[asyncio.Future[Any]] = [self._ready, *self._asked.values()]
         for waiting in waiters:
@@ -304,7 +318,9 @@ class InstanceLink:
     # -- messages ---------------------------------------------------------------------------------------------------
     def _receive(self, message: object) -> None:
         match message:
-            case SaveBegin() | SaveChunk() | Load() if not self._ready.done():
+            case SaveBegin() | SaveChunk() | Load() | Depart() | Return() | Arrive() | MovePart() | Wanted() if (
+                not self._ready.done()
+            ):
                 # Sent before the instance heard this hello, perhaps to a manager that died. Nothing is known of its
                 # engine yet, and what is still open comes once more after Ready.
                 return
@@ -316,6 +332,8 @@ class InstanceLink:
                 if self._loading is not None and not self._loading.done():
                     raise ProtocolError("a load came while another was being answered")
                 self._loading = self._loop.create_task(self._load(seq))
+            case Depart() | Return() | Arrive() | MovePart() | Wanted():
+                self._moves.receive(message)
             case Ready():
                 self._on_ready(message)
             case PowerChanged(power=power, why=why):

@@ -26,6 +26,8 @@ DIGEST_BYTES = 32
 MAX_CODE_BYTES = 32
 MAX_TEXT_BYTES = 512
 NO_PERMIT = bytes(PERMIT_BYTES)
+MAX_SEALED_BYTES = 1024 * 1024
+"""Most of a state that is sealed for another host, and so of the blob that QEMU carries there."""
 MAX_UNIX_TIME_S = 253_402_300_799
 """The end of the year 9999: what a date can hold."""
 
@@ -151,6 +153,48 @@ class AskLockout:
 
 
 @dataclass(frozen=True)
+class Departed:
+    """Manager: the vTPM stands still here; its state follows in SealedParts, sealed for the host that it goes to."""
+
+    seq: int
+    total: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class SealedPart:
+    """Manager: the next part of what Departed `seq` announced."""
+
+    seq: int
+    offset: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Manager: the move of Return `seq` was taken back; the vTPM goes on here."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class MoveError:
+    """Manager: Depart, Return or Arrive `seq` is refused, for good or for now."""
+
+    seq: int
+    retry: Retry
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Activated:
+    """Manager: the vTPM that came by Arrive `seq` may run here. May be said more than once."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
 class Ready:
     """Instance: answers Hello. `last_seq` is the highest sequence number it has used."""
 
@@ -236,8 +280,68 @@ class LockoutChanged:
     since: int
 
 
-ToInstance = Hello | PowerOn | Shutdown | StateChunk | StateEnd | Permit | LoadError | Saved | SaveError | AskLockout
-ToManager = Ready | Load | SaveBegin | SaveChunk | PowerChanged | ClientChanged | Done | Note | LockoutChanged
+@dataclass(frozen=True)
+class Depart:
+    """Instance: QEMU wants the state for another host. The TPM stands still; its volatile state follows in MoveParts.
+
+    Answered by Departed and SealedParts, or MoveError.
+    """
+
+    seq: int
+    total: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Return:
+    """Instance: the guest goes on here after a Depart; answered by Returned or MoveError."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class Arrive:
+    """Instance: QEMU has brought a sealed state, which follows in MoveParts; answered as Load, or by MoveError."""
+
+    seq: int
+    total: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class MovePart:
+    """Instance: the next part of what Depart or Arrive `seq` announced."""
+
+    seq: int
+    offset: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Instance: the guest's first TPM command waits for the Activated of Arrive `seq`."""
+
+    seq: int
+
+
+MoveToInstance = Departed | SealedPart | Returned | MoveError | Activated
+MoveToManager = Depart | Return | Arrive | MovePart | Wanted
+ToInstance = (
+    Hello
+    | PowerOn
+    | Shutdown
+    | StateChunk
+    | StateEnd
+    | Permit
+    | LoadError
+    | Saved
+    | SaveError
+    | AskLockout
+    | MoveToInstance
+)
+ToManager = (
+    Ready | Load | SaveBegin | SaveChunk | PowerChanged | ClientChanged | Done | Note | LockoutChanged | MoveToManager
+)
 Message = ToInstance | ToManager
 
 
@@ -249,6 +353,7 @@ _CLIENT = choice("B", {client: int(client) for client in ClientKind})
 _RETRY = choice("B", {retry: int(retry) for retry in Retry})
 _MODE = choice("B", {mode: int(mode) for mode in ShutdownMode})
 _SIZE = number("I", most=MAX_STATE_BYTES)
+_SEALED_SIZE = number("I", most=MAX_SEALED_BYTES)
 _U32 = number("I")
 _BOOL = choice("B", {False: 0, True: 1})
 _UNIX_TIME = number("Q", most=MAX_UNIX_TIME_S)
@@ -271,6 +376,11 @@ _LAYOUTS: Mapping[type[Any], Layout] = {
     Saved: Layout(0x08, Direction.TO_INSTANCE, {}),
     SaveError: Layout(0x09, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
     AskLockout: Layout(0x0A, Direction.TO_INSTANCE, {}),
+    Departed: Layout(0x0B, Direction.TO_INSTANCE, {"total": _SEALED_SIZE, "digest": fixed(DIGEST_BYTES)}),
+    SealedPart: Layout(0x0C, Direction.TO_INSTANCE, {"offset": _SEALED_SIZE, "data": _DATA}),
+    Returned: Layout(0x0D, Direction.TO_INSTANCE, {}),
+    MoveError: Layout(0x0E, Direction.TO_INSTANCE, {"retry": _RETRY, "code": _CODE, "message": _TEXT}),
+    Activated: Layout(0x0F, Direction.TO_INSTANCE, {}),
     Ready: Layout(
         0x81,
         Direction.TO_MANAGER,
@@ -299,6 +409,11 @@ _LAYOUTS: Mapping[type[Any], Layout] = {
         Direction.TO_MANAGER,
         {"locked": _BOOL, "failed_tries": _U32, "max_tries": _U32, "interval_s": _U32, "since": _UNIX_TIME},
     ),
+    Depart: Layout(0x8A, Direction.TO_MANAGER, {"total": _SEALED_SIZE, "digest": fixed(DIGEST_BYTES)}),
+    Return: Layout(0x8B, Direction.TO_MANAGER, {}),
+    Arrive: Layout(0x8C, Direction.TO_MANAGER, {"total": _SEALED_SIZE, "digest": fixed(DIGEST_BYTES)}),
+    MovePart: Layout(0x8D, Direction.TO_MANAGER, {"offset": _SEALED_SIZE, "data": _DATA}),
+    Wanted: Layout(0x8E, Direction.TO_MANAGER, {}),
 }
 _CODEC = MessageCodec[Message](
     "a link message", LINK_VERSION, MAX_BODY_BYTES, Numbered("seq", "sequence number"), _LAYOUTS

@@ -32,6 +32,16 @@ LINK_EXAMPLES: dict[str, Any] = {
     "note": ml.Note("a second client was refused"),
     "ask_lockout": ml.AskLockout(),
     "lockout_changed": ml.LockoutChanged(True, 32, 32, 7200, 1_790_000_000),
+    "departed": ml.Departed(11, ml.MAX_SEALED_BYTES, DIGEST),
+    "sealed_part": ml.SealedPart(11, ml.MAX_SEALED_BYTES, b"\xc0"),
+    "returned": ml.Returned(12),
+    "move_error": ml.MoveError(13, ml.Retry.FINAL, "conflict", "it has moved"),
+    "activated": ml.Activated(14),
+    "depart": ml.Depart(11, 1, DIGEST),
+    "return": ml.Return(12),
+    "arrive": ml.Arrive(14, ml.MAX_SEALED_BYTES, DIGEST),
+    "move_part": ml.MovePart(14, 0, b"\0"),
+    "wanted": ml.Wanted(14),
     "lockout_ended": ml.LockoutChanged(False, 0, 2**32 - 1, 0, 0),
 }
 
@@ -39,6 +49,7 @@ _u32 = st.integers(0, 2**32 - 1)
 _seq = st.integers(1, ml.MAX_SEQ)
 _kind = st.sampled_from(StateKind)
 _size = st.integers(0, MAX_STATE_BYTES)
+_sealed_size = st.integers(0, ml.MAX_SEALED_BYTES)
 # Bytes that mean something to the framing come often.
 payload = st.one_of(
     st.binary(min_size=1, max_size=300),
@@ -67,6 +78,11 @@ to_instance = st.one_of(
     st.builds(ml.Saved, _seq),
     st.builds(ml.SaveError, _seq, _retry, _code, _message),
     st.just(ml.AskLockout()),
+    st.builds(ml.Departed, _seq, _sealed_size, _digest),
+    st.builds(ml.SealedPart, _seq, _sealed_size, payload),
+    st.builds(ml.Returned, _seq),
+    st.builds(ml.MoveError, _seq, _retry, _code, _message),
+    st.builds(ml.Activated, _seq),
 )
 to_manager = st.one_of(
     st.builds(ml.Ready, _id, st.sampled_from(TpmVersion), _power, _client, _u32, _u32),
@@ -78,4 +94,9 @@ to_manager = st.one_of(
     st.builds(ml.Done, _seq, _code, _message),
     st.builds(ml.Note, _message),
     st.builds(ml.LockoutChanged, st.booleans(), _u32, _u32, _u32, st.integers(0, ml.MAX_UNIX_TIME_S)),
+    st.builds(ml.Depart, _seq, _sealed_size, _digest),
+    st.builds(ml.Return, _seq),
+    st.builds(ml.Arrive, _seq, _sealed_size, _digest),
+    st.builds(ml.MovePart, _seq, _sealed_size, payload),
+    st.builds(ml.Wanted, _seq),
 )

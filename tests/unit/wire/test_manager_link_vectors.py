@@ -15,7 +15,8 @@ from vtpm.wire.manager_link import MAX_BODY_BYTES, Direction, decode_message, en
 
 FOLDER = Path(__file__).parents[2] / "vectors" / "wire"
 # Version 1 as it began, then what was added to it.
-FILES = [json.loads((FOLDER / name).read_text()) for name in ("manager_link_v1.json", "manager_link_v1_lockout.json")]
+NAMES = ("manager_link_v1.json", "manager_link_v1_lockout.json", "manager_link_v1_moves.json")
+FILES = [json.loads((FOLDER / name).read_text()) for name in NAMES]
 VECTORS = {part: {name: value for file in FILES for name, value in file[part].items()} for part in ("bodies", "frames")}
 
 

@@ -1,0 +1,131 @@
+"""What one instance asks about a live move, handed to whoever decides, and the answers. For InstanceLink.
+
+Nothing is decided here: until somebody says otherwise, everything is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from vtpm.errors import ConflictError, StoreError, UnavailableError, VtpmError
+from vtpm.tpm.types import StateKind
+from vtpm.wire.manager_link import (
+    MAX_SEALED_BYTES,
+    Activated,
+    Arrive,
+    Depart,
+    MoveError,
+    MovePart,
+    MoveToManager,
+    Retry,
+    Return,
+    Returned,
+    ToInstance,
+    Wanted,
+)
+from vtpm.wire.manager_link_moves import BlobReceiver, sealed_messages
+from vtpm.wire.manager_link_peers import state_messages
+
+
+async def _refuse(_: bytes = b"") -> NoReturn:
+    raise ConflictError("no migration of this vTPM is under way")
+
+
+@dataclass(frozen=True)
+class MoveCalls:
+    """Who decides. Each may raise a VtpmError, which refuses: UnavailableError and StoreError for now, others for good.
+
+    Args:
+        depart: takes the volatile state of a TPM that stands still, and returns all state sealed for the destination,
+            1 to MAX_SEALED_BYTES bytes. May be asked again when its answer was lost.
+        take_back: returns once the vTPM may go on here, also when it never was to leave.
+        arrive: takes a sealed state and returns it opened, permanent state at least.
+        wanted: the guest has gone on here; called once or more. Sending Activated is up to it.
+    """
+
+    depart: Callable[[bytes], Awaitable[bytes]] = _refuse
+    take_back: Callable[[], Awaitable[None]] = _refuse
+    arrive: Callable[[bytes], Awaitable[Mapping[StateKind, bytes]]] = _refuse
+    wanted: Callable[[], None] = lambda: None
+
+
+NO_MOVE = MoveCalls()
+"""Everything is refused."""
+
+
+class InstanceMoves:
+    """See the module.
+
+    Args:
+        calls: who decides.
+        send: takes a message for the instance.
+    """
+
+    def __init__(self, calls: MoveCalls, send: Callable[[ToInstance], None]) -> None:
+        self._calls = calls
+        self._send = send
+        self._blobs = BlobReceiver()
+        self._arrival: int | None = None
+        self._answering: asyncio.Task[None] | None = None
+
+    def receive(self, message: MoveToManager) -> None:
+        """Take a message. Raises ProtocolError: it is out of order."""
+        match message:
+            case Wanted(seq=seq):
+                self._arrival = seq
+                self._calls.wanted()
+            case Return(seq=seq):
+                self._begin(seq, self._take_back(seq))
+            case Depart() | Arrive() | MovePart():
+                blob = self._blobs.receive(message)
+                if blob is not None:
+                    seq = blob.head.seq
+                    leaves = isinstance(blob.head, Depart)
+                    self._begin(seq, self._depart(seq, blob.data) if leaves else self._arrive(seq, blob.data))
+
+    def activate(self) -> None:
+        """Let the vTPM run that has arrived.
+
+        Nothing is sent when a manager before this one took it in: the instance asks when its guest wants it (`wanted`).
+        """
+        if self._arrival is not None:
+            self._send(Activated(self._arrival))
+
+    def close(self) -> None:
+        """The link has gone: nobody hears an answer."""
+        if self._answering is not None:
+            self._answering.cancel()
+
+    def _begin(self, seq: int, work: Awaitable[list[ToInstance]]) -> None:
+        if self._answering is not None and not self._answering.done():
+            # Its instance has given it up, or has gone on to another question.
+            self._answering.cancel()
+        self._answering = asyncio.ensure_future(self._answer(seq, work))
+
+    async def _answer(self, seq: int, work: Awaitable[list[ToInstance]]) -> None:
+        try:
+            answers = await work
+        except VtpmError as error:
+            retry = Retry.LATER if isinstance(error, StoreError | UnavailableError) else Retry.FINAL
+            answers = [MoveError(seq, retry, error.code, error.message)]
+        for answer in answers:
+            self._send(answer)
+
+    async def _depart(self, seq: int, volatile: bytes) -> list[ToInstance]:
+        sealed = await self._calls.depart(volatile)
+        if not 0 < len(sealed) <= MAX_SEALED_BYTES:
+            # Not for good: it may have been frozen, and comes back by Return.
+            raise UnavailableError(f"the sealed state has {len(sealed)} bytes; 1 to {MAX_SEALED_BYTES} are allowed")
+        return list(sealed_messages(seq, sealed))
+
+    async def _take_back(self, seq: int) -> list[ToInstance]:
+        await self._calls.take_back()
+        return [Returned(seq)]
+
+    async def _arrive(self, seq: int, sealed: bytes) -> list[ToInstance]:
+        state = await self._calls.arrive(sealed)
+        self._arrival = seq
+        return list(state_messages(seq, state))
