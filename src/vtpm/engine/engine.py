@@ -97,6 +97,9 @@ class Engine:
     C: TPMLIB_ChooseTPMVersion, TPMLIB_RegisterCallbacks.
     """
 
+    stays = ""
+    """Why it cannot go to another host while it runs: it can."""
+
     def __init__(self, version: TpmVersion, store: Store) -> None:
         ffi, lib = library.load()
         LIBTPMS.claim(self)

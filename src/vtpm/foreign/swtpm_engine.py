@@ -61,6 +61,9 @@ class SwtpmEngine:
     serve = None
     """See TpmEngine: commands are taken from links by the TPM thread."""
 
+    stays = "swtpm's TPM does not move while it runs: stop the vTPM and move it then"
+    """See TpmEngine."""
+
     def __init__(self, version: TpmVersion, store: Store, *, folder: str, program: str = SWTPM) -> None:
         if version is not TpmVersion.V2_0:
             raise EngineError(f"vTPMs of the make swtpm are TPM 2.0, not {version}")

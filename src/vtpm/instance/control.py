@@ -15,7 +15,7 @@ from functools import partial
 from vtpm.errors import VtpmError
 from vtpm.instance.worker import Power, Worker
 from vtpm.tpm.return_codes import Rc12
-from vtpm.tpm.types import Startup, StateKind
+from vtpm.tpm.types import MAX_SEALED_BYTES, Startup, StateKind
 from vtpm.wire.emulator import (
     MAX_INFO_BYTES,
     Capability,
@@ -35,7 +35,6 @@ from vtpm.wire.emulator import (
     encode_reply,
     error_reply,
 )
-from vtpm.wire.manager_link import MAX_SEALED_BYTES
 
 CAPABILITIES = (
     Capability.INIT

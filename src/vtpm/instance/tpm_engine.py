@@ -14,6 +14,8 @@ class TpmEngine(Protocol):
 
     library_version: tuple[int, int, int]
     """Of the libtpms that reads and writes the state."""
+    stays: str
+    """Why this TPM cannot go to another host while it runs; empty: it can."""
 
     @property
     def powered(self) -> bool:

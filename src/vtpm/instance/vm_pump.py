@@ -33,13 +33,13 @@ from vtpm.wire.guest_port import (
     Note,
     Open,
     Power,
-    Reply,
     Response,
     ToRelay,
     ToVm,
     TpmRequest,
     decode_message,
     encode_message,
+    reply_messages,
 )
 from vtpm.wire.hold import ParkedKind
 from vtpm.wire.instance_spec import JOURNAL_BYTES
@@ -209,8 +209,10 @@ class Pump:
         if answer is None:
             self._drop(channel)
         elif answer and not channel.leaving:
-            made = Reply if channel is self._control else Response
-            self._send(made(channel.connection, answer))
+            is_reply = channel is self._control
+            made = reply_messages(channel.connection, answer) if is_reply else [Response(channel.connection, answer)]
+            for message in made:
+                self._send(message)
 
     def _drop(self, channel: Channel) -> None:
         channel.close()

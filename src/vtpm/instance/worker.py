@@ -246,6 +246,8 @@ class Worker:
             raise StateError("the TPM is not powered on, so it has no state to hand out")
         if self.passage.stage not in (Stage.HERE, Stage.LEAVING):
             raise ConflictError(f"the state of a vTPM that {self.passage.stage.value} is not handed out")
+        if self._engine.stays:
+            raise ConflictError(self._engine.stays)
         volatile = self._engine.get_state(StateKind.VOLATILE)
         self.passage.enter(Stage.LEAVING)
         try:

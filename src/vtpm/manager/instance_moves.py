@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from vtpm.errors import ConflictError, StoreError, UnavailableError, VtpmError
-from vtpm.tpm.types import StateKind
+from vtpm.tpm.types import MAX_SEALED_BYTES, StateKind
 from vtpm.wire.manager_link import (
-    MAX_SEALED_BYTES,
     Activated,
     Arrive,
     Depart,
@@ -78,13 +78,13 @@ class InstanceMoves:
                 self._arrival = seq
                 self._calls.wanted()
             case Return(seq=seq):
-                self._begin(seq, self._take_back(seq))
+                self._begin(seq, partial(self._take_back, seq))
             case Depart() | Arrive() | MovePart():
                 blob = self._blobs.receive(message)
                 if blob is not None:
                     seq = blob.head.seq
-                    leaves = isinstance(blob.head, Depart)
-                    self._begin(seq, self._depart(seq, blob.data) if leaves else self._arrive(seq, blob.data))
+                    work = self._depart if isinstance(blob.head, Depart) else self._arrive
+                    self._begin(seq, partial(work, seq, blob.data))
 
     def activate(self) -> None:
         """Let the vTPM run that has arrived.
@@ -99,15 +99,15 @@ class InstanceMoves:
         if self._answering is not None:
             self._answering.cancel()
 
-    def _begin(self, seq: int, work: Awaitable[list[ToInstance]]) -> None:
+    def _begin(self, seq: int, work: Callable[[], Awaitable[list[ToInstance]]]) -> None:
         if self._answering is not None and not self._answering.done():
             # Its instance has given it up, or has gone on to another question.
             self._answering.cancel()
         self._answering = asyncio.ensure_future(self._answer(seq, work))
 
-    async def _answer(self, seq: int, work: Awaitable[list[ToInstance]]) -> None:
+    async def _answer(self, seq: int, work: Callable[[], Awaitable[list[ToInstance]]]) -> None:
         try:
-            answers = await work
+            answers = await work()
         except VtpmError as error:
             retry = Retry.LATER if isinstance(error, StoreError | UnavailableError) else Retry.FINAL
             answers = [MoveError(seq, retry, error.code, error.message)]

@@ -7,6 +7,7 @@ whatever the virtual machine says. What is no request is refused here, as a vtpm
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Protocol
 
 from vtpm.errors import ProtocolError
@@ -16,8 +17,10 @@ from vtpm.guest_link.refusals import Client
 from vtpm.relay.data_side import DataSide
 from vtpm.relay.waiting import Waiting
 from vtpm.tpm.return_codes import Rc12
+from vtpm.tpm.types import MAX_SEALED_BYTES
 from vtpm.wire.emulator import (
     Command,
+    GetStateBlob,
     Init,
     Malformed,
     Plain,
@@ -29,7 +32,9 @@ from vtpm.wire.emulator import (
     encode_reply,
     error_reply,
 )
-from vtpm.wire.guest_port import Control, DataFd
+from vtpm.wire.guest_port import MAX_PIECE_BYTES, Control, DataFd
+
+_MOST_PARTS_BYTES = MAX_SEALED_BYTES + 16
 
 
 class ControlHost(Protocol):
@@ -76,6 +81,10 @@ class ControlSide:
         self._queued: deque[Request | Malformed] = deque()
         """What it sent ahead."""
         self._asked: Request | None = None
+        self._rest: SetStateBlob | None = None
+        """What is still to be asked of it, when the piece before was taken."""
+        self._parts = b""
+        """What has come of a long reply."""
         self._offered: DataSide | None = None
 
     @property
@@ -115,10 +124,14 @@ class ControlSide:
         asked, self._asked = self._asked, None
         if asked is None:
             return False
+        data, self._parts = self._parts + data, b""
         try:
             reply, is_reply = decode_reply(asked.command, data), True
         except ProtocolError:
             reply, is_reply = Reply(asked.command, int(Rc12.TPM_FAIL)), False
+        if self._rest is not None and is_reply and reply.result == 0:
+            self._ask(self._rest)
+            return True
         try:
             self._follow(asked, reply.result)
         except OSError:
@@ -127,6 +140,14 @@ class ControlSide:
         self._answer(encode_reply(reply.command, reply.result, data=reply.data, **reply.fields))
         self._go_on()
         return is_reply
+
+    def on_part(self, data: bytes) -> bool:
+        """Keep a part of the reply to GET_STATEBLOB; False when none is due, or it is more than a reply can have."""
+        is_due = isinstance(self._asked, GetStateBlob)
+        if not is_due or len(self._parts) + len(data) > _MOST_PARTS_BYTES:
+            return False
+        self._parts += data
+        return True
 
     def close(self) -> None:
         """Close the connection."""
@@ -156,15 +177,19 @@ class ControlSide:
     def _carry_out(self, request: Request | Malformed) -> None:
         if isinstance(request, Malformed):
             self._answer(request.reply)
-        elif isinstance(request, SetStateBlob):
-            # As a vtpmd answers it; its data is larger than what goes over the port.
-            self._answer(error_reply(request.command, Rc12.TPM_BAD_ORDINAL))
         elif request.command is Command.SET_DATAFD:
             # Sent ahead of a reply, so that its descriptor is gone.
             self._answer(error_reply(request.command, Rc12.TPM_FAIL))
         else:
-            self._asked = request
-            self._host.send(Control(self.connection, request))
+            self._ask(request)
+
+    def _ask(self, request: Request) -> None:
+        """Ask the virtual machine, piece by piece what goes over the port in no other way."""
+        self._asked, self._rest, self._parts = request, None, b""
+        if isinstance(request, SetStateBlob) and len(request.data) > MAX_PIECE_BYTES:
+            self._rest = replace(request, data=request.data[MAX_PIECE_BYTES:])
+            request = replace(request, data=request.data[:MAX_PIECE_BYTES])
+        self._host.send(Control(self.connection, request))
 
     def _offer(self, fd: int | None) -> None:
         offered = self._host.offer_data(fd)

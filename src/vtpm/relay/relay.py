@@ -44,6 +44,7 @@ from vtpm.wire.guest_port import (
     Power,
     Ready,
     Reply,
+    ReplyPart,
     Response,
     ToRelay,
     ToVm,
@@ -243,10 +244,10 @@ class Relay:
             raise ProtocolError(f"a {type(message).__name__} before READY")
         elif isinstance(message, Power):
             self._ends.control_journal.power = JournaledPower.ON if message.powered else JournaledPower.OFF
-        elif isinstance(message, Reply | Response | Closed):
+        elif isinstance(message, Reply | ReplyPart | Response | Closed):
             self._follow(message)
 
-    def _follow(self, message: Reply | Response | Closed) -> None:
+    def _follow(self, message: Reply | ReplyPart | Response | Closed) -> None:
         if message.connection > self._last_connection:
             raise ProtocolError(f"a {type(message).__name__} on connection {message.connection}, which there never was")
         control, data = self._control, self._data
@@ -256,7 +257,7 @@ class Relay:
         elif control is not None and message.connection == control.connection:
             if isinstance(message, Closed):
                 control.over = control.closed = True
-            elif not (isinstance(message, Reply) and control.on_reply(message.data)):
+            elif isinstance(message, Response) or not _take_reply(control, message):
                 raise ProtocolError(f"a {type(message).__name__} on the control connection is none that is due")
         elif data is not None and message.connection == data.connection:
             if isinstance(message, Closed):
@@ -397,3 +398,7 @@ class Relay:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
+
+
+def _take_reply(control: ControlSide, message: Reply | ReplyPart) -> bool:
+    return control.on_reply(message.data) if isinstance(message, Reply) else control.on_part(message.data)

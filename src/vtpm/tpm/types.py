@@ -20,6 +20,8 @@ Locality = NewType("Locality", int)
 
 MAX_LOCALITY = 4
 
+MAX_SEALED_BYTES = 1024 * 1024
+"""Most of a state that is sealed for another host, and so of the blob that QEMU carries there."""
 MAX_STATE_BYTES = 2 * 1024 * 1024
 """Bound on one state blob. libtpms 0.9's largest (TPM 2.0 permanent, NV full) is under 300 KiB."""
 

@@ -9,7 +9,7 @@ messages. For the relay and the instance.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +30,11 @@ PORT_VERSION = 1
 SESSION_BYTES = 8
 MAX_CONNECTION = MAX_NUMBER
 MAX_REPLY_BYTES = 4096
-"""Bound on a whole control reply; no reply that a vtpmd gives is longer than that of GET_INFO, 3084 bytes."""
+"""Bound on a Reply; of what a vtpmd answers only a state is longer, and comes in ReplyParts before it."""
+MAX_PIECE_BYTES = 16 * 1024
+"""Most of a state in one message."""
 MAX_NOTE_BYTES = 200
-MAX_BODY_BYTES = HEADER.size + 16 + MAX_COMMAND_BYTES
+MAX_BODY_BYTES = HEADER.size + 16 + max(MAX_COMMAND_BYTES, MAX_PIECE_BYTES)
 _LEAST_REPLY_BYTES = 4
 _NO_LOCALITY = 0xFF
 
@@ -88,7 +90,10 @@ class Close:
 
 @dataclass(frozen=True)
 class Control:
-    """Relay: one control request, answered by one Reply before the next comes; never SET_DATAFD or SET_STATEBLOB."""
+    """Relay: one control request, answered by one Reply before the next comes; never SET_DATAFD.
+
+    A SET_STATEBLOB has at most MAX_PIECE_BYTES of data: the relay cuts a longer one.
+    """
 
     connection: int
     request: Request
@@ -141,6 +146,14 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class ReplyPart:
+    """Vtpmd: the next part of a reply to GET_STATEBLOB, whose last part is a Reply."""
+
+    connection: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Response:
     """Vtpmd: the whole response to the TPM command of this connection."""
 
@@ -170,7 +183,7 @@ class Ended:
 
 
 ToVm = Hello | Open | Close | Control | DataFd | TpmRequest | Note
-ToRelay = Ready | Reply | Response | Power | Closed | Ended
+ToRelay = Ready | Reply | ReplyPart | Response | Power | Closed | Ended
 Message = ToVm | ToRelay
 
 
@@ -186,7 +199,8 @@ def _read_request(data: bytes) -> tuple[Request, int]:
 
 
 def _write_request(request: Request) -> bytes:
-    if isinstance(request, SetStateBlob) or request.command is Command.SET_DATAFD:
+    is_long = isinstance(request, SetStateBlob) and len(request.data) > MAX_PIECE_BYTES
+    if is_long or request.command is Command.SET_DATAFD:
         raise ProtocolError(f"{request.command.name} does not go over the guest port as it is")
     return encode_request(request)
 
@@ -243,6 +257,7 @@ _LAYOUTS: Mapping[type[Any], Layout] = {
     Power: Layout(0x84, Direction.TO_RELAY, {"powered": _BOOL}),
     Closed: Layout(0x85, Direction.TO_RELAY, {}),
     Ended: Layout(0x86, Direction.TO_RELAY, {"status": number("B")}),
+    ReplyPart: Layout(0x87, Direction.TO_RELAY, {"data": rest(MAX_PIECE_BYTES, least=1)}),
 }
 _CODEC = MessageCodec[Message](
     "a message of the guest port", PORT_VERSION, MAX_BODY_BYTES, Numbered("connection", "connection"), _LAYOUTS
@@ -261,3 +276,13 @@ def decode_message(body: bytes, direction: Direction) -> Message:
         ProtocolError: it is not exactly a message of that direction with all its fields within bounds.
     """
     return _CODEC.decode(body, direction)
+
+
+def reply_messages(connection: int, reply: bytes) -> Iterator[ReplyPart | Reply]:
+    """Cut a whole control reply into messages: one Reply, and before it what is more than that holds."""
+    while len(reply) > MAX_REPLY_BYTES:
+        # What is left is a Reply of the least length or more.
+        size = min(MAX_PIECE_BYTES, len(reply) - _LEAST_REPLY_BYTES)
+        yield ReplyPart(connection, reply[:size])
+        reply = reply[size:]
+    yield Reply(connection, reply)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtpm.tpm.types import MAX_STATE_BYTES, Startup, StateKind, TpmVersion
+from vtpm.tpm.types import MAX_SEALED_BYTES, MAX_STATE_BYTES, Startup, StateKind, TpmVersion
 from vtpm.wire.fields import choice, fixed, number, rest, text
 from vtpm.wire.message_codec import MAX_NUMBER, Layout, MessageCodec, Numbered
 
@@ -26,8 +26,6 @@ DIGEST_BYTES = 32
 MAX_CODE_BYTES = 32
 MAX_TEXT_BYTES = 512
 NO_PERMIT = bytes(PERMIT_BYTES)
-MAX_SEALED_BYTES = 1024 * 1024
-"""Most of a state that is sealed for another host, and so of the blob that QEMU carries there."""
 MAX_UNIX_TIME_S = 253_402_300_799
 """The end of the year 9999: what a date can hold."""
 

@@ -100,10 +100,14 @@ class Guest:
         config: the machine.
         work_folder: console log, QEMU's log and UEFI variables stay here; made when absent.
         boot_timeout_s: bound on one boot, firmware included.
+        incoming: it is migrated here, so it boots nothing; then `adopt` says from where.
     """
 
-    def __init__(self, config: GuestConfig, work_folder: Path, boot_timeout_s: float = BOOT_TIMEOUT_S) -> None:
+    def __init__(
+        self, config: GuestConfig, work_folder: Path, boot_timeout_s: float = BOOT_TIMEOUT_S, *, incoming: bool = False
+    ) -> None:
         self._config = config
+        self._incoming = incoming
         self._work_folder = work_folder
         self._boot_timeout_s = boot_timeout_s
         self._cleanup = contextlib.ExitStack()
@@ -174,6 +178,11 @@ class Guest:
             self.boot_id = agent.wait_ready(deadline)
         if self.boot_id == before:
             raise GuestError("the guest's agent came back without a boot")
+
+    def adopt(self, source: Guest) -> None:
+        """Say which guest this one is now, its agent with it."""
+        self.boot_id = source.boot_id
+        self._running_agent().go_on(source._running_agent())
 
     def suspend(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Suspend the guest to RAM (ACPI S3), and wake it again; returns when it is back where it was.
@@ -249,6 +258,8 @@ class Guest:
         self._qmp = Qmp(qmp_channel)
         self._qmp.negotiate(deadline)
         self._agent = Agent(agent_channel)
+        if self._incoming:
+            return
         self.boot_id = self._agent.wait_ready(deadline)
 
     def _command(self, sockets: Path) -> list[str]:

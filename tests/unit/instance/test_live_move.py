@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.relayed import ForeignVtpmd, RelayedVtpmd
 from tests.support.vtpmd import PlayedEmulator, Vtpmd
 from vtpm.instance.worker import ACTIVATION_TIMEOUT_S, RETURN_TIMEOUT_S
 from vtpm.tpm.power_commands import STARTUP
-from vtpm.tpm.types import Startup, StateKind, TpmVersion
+from vtpm.tpm.types import MAX_SEALED_BYTES, Startup, StateKind, TpmVersion
 from vtpm.wire.emulator import (
     Command,
     GetStateBlob,
@@ -23,7 +24,17 @@ from vtpm.wire.emulator import (
     SetStateBlob,
     StateFlags,
 )
-from vtpm.wire.manager_link import MAX_SEALED_BYTES, Arrive, Depart, Retry, Return, SaveBegin, Wanted
+from vtpm.wire.manager_link import (
+    Arrive,
+    ClientChanged,
+    ClientKind,
+    Depart,
+    Note,
+    Retry,
+    Return,
+    SaveBegin,
+    Wanted,
+)
 
 OK = bytes(4)
 TPM_RC_FAILURE, TPM_RC_RETRY = bytes.fromhex("00000101"), bytes.fromhex("00000922")
@@ -45,9 +56,14 @@ def put(emulator: PlayedEmulator, data: bytes, kind: StateKind = StateKind.PERMA
     return emulator.control(SetStateBlob(flags, kind, data)).result
 
 
+@pytest.fixture(params=[Vtpmd, RelayedVtpmd], ids=["process", "relayed"])
+def make(request: pytest.FixtureRequest) -> type[Vtpmd]:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture
-def source() -> Iterator[Vtpmd]:
-    with Vtpmd() as vtpmd:
+def source(make: type[Vtpmd]) -> Iterator[Vtpmd]:
+    with make() as vtpmd:
         vtpmd.manager.hello()
         yield vtpmd
 
@@ -62,8 +78,8 @@ def guest(source: Vtpmd) -> Iterator[PlayedEmulator]:
 
 
 @pytest.fixture
-def destination(source: Vtpmd) -> Iterator[Vtpmd]:
-    with Vtpmd() as vtpmd:
+def destination(source: Vtpmd, make: type[Vtpmd]) -> Iterator[Vtpmd]:
+    with make() as vtpmd:
         moves = vtpmd.manager.moves
         moves.sealed, moves.has_load = source.manager.moves.sealed, False
         moves.arrives = True
@@ -151,12 +167,24 @@ def test_nothing_runs_or_is_saved_when_the_state_has_left(source: Vtpmd, guest: 
 
 def test_vtpm_is_not_asked_back_when_its_qemu_ends(source: Vtpmd, guest: PlayedEmulator) -> None:
     depart(source, guest)
-    loads = len(source.manager.told)
     guest.control(Plain(Command.SHUTDOWN))
     guest.control_socket.close()
+    source.manager.wait_for(ClientChanged, lambda one: one.client is ClientKind.NONE)
     source.manager.hello()
     assert not source.manager.of(Return)
-    assert loads
+
+
+def test_state_stays_when_the_tpm_is_of_another_make() -> None:
+    with ForeignVtpmd() as vtpmd:
+        vtpmd.manager.hello()
+        vtpmd.manager.moves.departs = True
+        with PlayedEmulator(vtpmd) as guest:
+            assert guest.control(Init(0)).result == 0
+            assert code(guest.tpm(STARTUP_CLEAR)) == OK
+            assert get(guest).result != 0
+            assert code(guest.tpm(READ_PCR)) == OK
+        assert not vtpmd.manager.of(Depart)
+        vtpmd.manager.wait_for(Note, lambda note: "swtpm's TPM does not move while it runs" in note.message)
 
 
 # -- return ------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from tests.support.relay import LoneRelay
 from tests.unit.relay.test_turns import COMMAND, FAIL, RESPONSE, control_client, data_client, emulator
 from tests.unit.wire.port_examples import PORT_EXAMPLES, tpm_response
 from vtpm.relay.relay import REFUSALS_AT_ONCE
-from vtpm.wire.emulator import Command, Plain, decode_reply, encode_reply, encode_request
+from vtpm.tpm.types import MAX_SEALED_BYTES, StateKind
+from vtpm.wire.emulator import Command, GetStateBlob, Plain, decode_reply, encode_reply, encode_request
 from vtpm.wire.framing import encode_frame
 from vtpm.wire.guest_port import (
+    MAX_PIECE_BYTES,
     Closed,
     Control,
     Ended,
@@ -24,6 +26,7 @@ from vtpm.wire.guest_port import (
     Power,
     Ready,
     Reply,
+    ReplyPart,
     Response,
     TpmRequest,
     encode_message,
@@ -201,3 +204,22 @@ def test_relay_survives_or_ends_itself_when_it_is_told_anything(relay: LoneRelay
             relay.port.sock.sendall(b"\xc0" + encode_frame(encode_message(Ended(0))))
             assert relay.exit_status() in (0, RelayExit.BROKEN)
         assert relay.process.returncode in (0, RelayExit.BROKEN), relay.log_lines()
+
+
+def test_parts_of_a_reply_are_refused_when_none_are_due(relay: LoneRelay) -> None:
+    control, data, asked = emulator(relay)
+    with control, data:
+        for _ in range(REFUSALS_AT_ONCE + 2):
+            relay.port.send(ReplyPart(asked.connection, b"unasked"))
+        assert relay.exit_status() == RelayExit.BROKEN
+
+
+def test_reply_fails_when_it_has_more_parts_than_a_state(relay: LoneRelay) -> None:
+    control, connection = control_client(relay)
+    with control:
+        control.sendall(encode_request(GetStateBlob(1, StateKind.PERMANENT, 0)))
+        relay.port.receive(Control)
+        for _ in range(MAX_SEALED_BYTES // MAX_PIECE_BYTES + 2):
+            relay.port.send(ReplyPart(connection, bytes(MAX_PIECE_BYTES)))
+        relay.port.send(Reply(connection, bytes(16)))
+        assert decode_reply(Command.GET_STATEBLOB, control.recv(64)).result == FAIL

@@ -14,6 +14,7 @@ from vtpm.tpm.types import StateKind, TpmVersion
 from vtpm.wire.emulator import (
     Command,
     GetInfo,
+    GetStateBlob,
     Init,
     Plain,
     SetLocality,
@@ -37,6 +38,7 @@ from vtpm.wire.guest_port import (
     Reply,
     Response,
     TpmRequest,
+    reply_messages,
 )
 from vtpm.wire.instance_spec import RelayExit, Role
 
@@ -128,8 +130,6 @@ def test_command_is_refused_by_the_relay_when_it_cannot_be_followed(relay: LoneR
 def test_request_is_refused_by_the_relay_when_it_does_not_go_over_the_port(relay: LoneRelay) -> None:
     control, _ = control_client(relay)
     with control:
-        control.sendall(encode_request(SetStateBlob(0, StateKind.VOLATILE, b"old state")))
-        assert decode_reply(Command.SET_STATEBLOB, control.recv(64)).result == BAD_ORDINAL
         control.sendall(encode_request(Plain(Command.SET_DATAFD)))
         assert decode_reply(Command.SET_DATAFD, control.recv(64)).result == FAIL
         control.sendall(b"\0\0\0\xff")
@@ -242,3 +242,43 @@ def test_relay_ends_when_the_virtual_machine_or_the_launcher_is_gone() -> None:
         relay.make_ready()
         relay.let_launcher_go()
         assert relay.exit_status() == RelayExit.LAUNCHER_GONE
+
+
+def test_long_state_goes_over_in_pieces_when_a_client_brings_it(relay: LoneRelay) -> None:
+    control, connection = control_client(relay)
+    state = bytes(range(256)) * 200
+    with control:
+        control.sendall(encode_request(SetStateBlob(2, StateKind.PERMANENT, state)))
+        came = b""
+        while len(came) < len(state):
+            request = relay.port.receive(Control).request
+            assert isinstance(request, SetStateBlob)
+            assert (request.flags, request.kind) == (2, StateKind.PERMANENT)
+            came += request.data
+            relay.port.send(Reply(connection, encode_reply(Command.SET_STATEBLOB)))
+        assert came == state
+        assert decode_reply(Command.SET_STATEBLOB, control.recv(64)).result == 0
+
+
+def test_rest_of_a_long_state_stays_when_a_piece_is_refused(relay: LoneRelay) -> None:
+    control, connection = control_client(relay)
+    with control:
+        control.sendall(encode_request(SetStateBlob(2, StateKind.PERMANENT, bytes(40_000))))
+        relay.port.receive(Control)
+        relay.port.send(Reply(connection, encode_reply(Command.SET_STATEBLOB, FAIL)))
+        assert decode_reply(Command.SET_STATEBLOB, control.recv(64)).result == FAIL
+        assert relay.port.is_silent()
+
+
+def test_long_state_comes_whole_when_the_vtpmd_hands_it_out(relay: LoneRelay) -> None:
+    control, connection = control_client(relay)
+    reply = encode_reply(Command.GET_STATEBLOB, flags=2, total=50_000, data=bytes(50_000))
+    with control:
+        control.sendall(encode_request(GetStateBlob(1, StateKind.PERMANENT, 0)))
+        relay.port.receive(Control)
+        for message in reply_messages(connection, reply):
+            relay.port.send(message)
+        came = b""
+        while len(came) < len(reply):
+            came += control.recv(65536)
+        assert came == reply

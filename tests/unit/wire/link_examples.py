@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from vtpm.tpm.types import MAX_STATE_BYTES, Startup, StateKind, TpmVersion
+from vtpm.tpm.types import MAX_SEALED_BYTES, MAX_STATE_BYTES, Startup, StateKind, TpmVersion
 from vtpm.wire import manager_link as ml
 
 DIGEST = bytes(range(32))
@@ -32,14 +32,14 @@ LINK_EXAMPLES: dict[str, Any] = {
     "note": ml.Note("a second client was refused"),
     "ask_lockout": ml.AskLockout(),
     "lockout_changed": ml.LockoutChanged(True, 32, 32, 7200, 1_790_000_000),
-    "departed": ml.Departed(11, ml.MAX_SEALED_BYTES, DIGEST),
-    "sealed_part": ml.SealedPart(11, ml.MAX_SEALED_BYTES, b"\xc0"),
+    "departed": ml.Departed(11, MAX_SEALED_BYTES, DIGEST),
+    "sealed_part": ml.SealedPart(11, MAX_SEALED_BYTES, b"\xc0"),
     "returned": ml.Returned(12),
     "move_error": ml.MoveError(13, ml.Retry.FINAL, "conflict", "it has moved"),
     "activated": ml.Activated(14),
     "depart": ml.Depart(11, 1, DIGEST),
     "return": ml.Return(12),
-    "arrive": ml.Arrive(14, ml.MAX_SEALED_BYTES, DIGEST),
+    "arrive": ml.Arrive(14, MAX_SEALED_BYTES, DIGEST),
     "move_part": ml.MovePart(14, 0, b"\0"),
     "wanted": ml.Wanted(14),
     "lockout_ended": ml.LockoutChanged(False, 0, 2**32 - 1, 0, 0),
@@ -49,7 +49,7 @@ _u32 = st.integers(0, 2**32 - 1)
 _seq = st.integers(1, ml.MAX_SEQ)
 _kind = st.sampled_from(StateKind)
 _size = st.integers(0, MAX_STATE_BYTES)
-_sealed_size = st.integers(0, ml.MAX_SEALED_BYTES)
+_sealed_size = st.integers(0, MAX_SEALED_BYTES)
 # Bytes that mean something to the framing come often.
 payload = st.one_of(
     st.binary(min_size=1, max_size=300),

@@ -21,6 +21,7 @@ from vtpm.wire.emulator import (
     ResetEstablished,
     SetBufferSize,
     SetLocality,
+    SetStateBlob,
 )
 from vtpm.wire.instance_spec import Role
 
@@ -45,6 +46,8 @@ PORT_EXAMPLES: dict[str, Any] = {
     "prefixed": gp.TpmRequest(5, 3, tpm_command()),
     "note": gp.Note("a second client was refused"),
     "ready": gp.Ready(SESSION),
+    "reply_part": gp.ReplyPart(4, bytes(gp.MAX_PIECE_BYTES)),
+    "set_state": gp.Control(4, SetStateBlob(2, StateKind.PERMANENT, b"sealed")),
     "reply": gp.Reply(4, bytes(gp.MAX_REPLY_BYTES)),
     "response": gp.Response(5, tpm_response(bytes(4086))),
     "power": gp.Power(True),
@@ -90,6 +93,7 @@ to_vm = st.one_of(
 )
 to_relay = st.one_of(
     st.builds(gp.Ready, _session),
+    st.builds(gp.ReplyPart, _connection, st.binary(min_size=1, max_size=300)),
     st.builds(gp.Reply, _connection, st.binary(min_size=4, max_size=300)),
     st.builds(gp.Response, _connection, _payload.map(tpm_response)),
     st.builds(gp.Power, st.booleans()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ class TestEveryMessage:
     def test_is_refused_when_shorter_or_longer(self, message: Any) -> None:
         body, direction = encode_message(message), direction_of(message)
         # A reply alone has no length of its own: the relay knows what was asked.
-        if isinstance(message, gp.Reply):
+        if isinstance(message, gp.Reply | gp.ReplyPart):
             return
         for bad in (*(body[:length] for length in range(HEAD + 40)[: len(body)]), body[:-1], body + b"\0"):
             with pytest.raises(ProtocolError):
@@ -57,7 +58,7 @@ class TestEveryMessage:
 
 
 def test_all_types_have_an_example_when_counted() -> None:
-    assert {encode_message(message)[1] for message in PORT_EXAMPLES.values()} == {*range(1, 8), *range(0x81, 0x87)}
+    assert {encode_message(message)[1] for message in PORT_EXAMPLES.values()} == {*range(1, 8), *range(0x81, 0x88)}
 
 
 @pytest.mark.parametrize(
@@ -68,13 +69,15 @@ def test_all_types_have_an_example_when_counted() -> None:
         ("open", {"connection": 0}),
         ("close", {"connection": gp.MAX_CONNECTION + 1}),
         ("control", {"request": Plain(Command.SET_DATAFD)}),
-        ("control", {"request": SetStateBlob(0, StateKind.VOLATILE, b"state")}),
+        ("control", {"request": SetStateBlob(2, StateKind.PERMANENT, bytes(gp.MAX_PIECE_BYTES + 1))}),
         ("datafd", {"data": 0}),
         ("command", {"data": tpm_command(b"cut")[:-1]}),
         ("command", {"data": tpm_command() + b"\0"}),
         ("command", {"locality": 5}),
         ("reply", {"data": bytes(3)}),
         ("reply", {"data": bytes(gp.MAX_REPLY_BYTES + 1)}),
+        ("reply_part", {"data": b""}),
+        ("reply_part", {"data": bytes(gp.MAX_PIECE_BYTES + 1)}),
         ("response", {"data": tpm_response(b"cut")[:-1]}),
         ("response", {"data": b""}),
         ("ended", {"status": 256}),
@@ -98,10 +101,10 @@ CONTROL = gp.HEADER.pack(gp.PORT_VERSION, 0x04, 0, 1)
         CONTROL + b"\0\0\0\xff",
         CONTROL + b"\0\0\0\5\5",
         CONTROL + b"\0\0\0\x10",
-        CONTROL + b"\0\0\0\x0d" + bytes(4) + b"\0\0\0\1" + bytes(4),
+        CONTROL + b"\0\0\0\x0d" + bytes(4) + b"\0\0\0\1" + b"\0\0\0\2x",
         CONTROL + b"\0\0\0\x12" + bytes(12) + b"\0\0\0\1",
     ],
-    ids=["empty", "too large", "two requests", "one and a half", "unknown", "locality 5", "SET_DATAFD", "SET_STATEBLOB",
+    ids=["empty", "too large", "two requests", "one and a half", "unknown", "locality 5", "SET_DATAFD", "half a state",
          "GET_INFO with its zero set"],
 )  # fmt: skip
 def test_body_is_refused_when_it_is_not_one_whole_request(body: bytes) -> None:
@@ -117,3 +120,15 @@ def test_reply_is_refused_when_too_large() -> None:
 
 def test_session_comes_back_when_ready() -> None:
     assert decode_message(encode_message(gp.Ready(SESSION)), Direction.TO_RELAY) == gp.Ready(SESSION)
+
+
+@pytest.mark.parametrize(
+    "size", [4, gp.MAX_REPLY_BYTES, gp.MAX_REPLY_BYTES + 1, gp.MAX_PIECE_BYTES + 3, 3 * gp.MAX_PIECE_BYTES]
+)
+def test_reply_is_cut_into_messages_that_can_be_sent_when_it_is_long(size: int) -> None:
+    reply = os.urandom(size)
+    messages = list(gp.reply_messages(4, reply))
+    assert b"".join(one.data for one in messages) == reply
+    assert [type(one) for one in messages] == [gp.ReplyPart] * (len(messages) - 1) + [gp.Reply]
+    for one in messages:
+        encode_message(one)

@@ -58,7 +58,7 @@ class TestEveryMessage:
 
 
 def test_all_types_have_an_example_when_counted() -> None:
-    assert {encode_message(message)[1] for message in LINK_EXAMPLES.values()} == {*range(1, 11), *range(0x81, 0x8A)}
+    assert {encode_message(message)[1] for message in LINK_EXAMPLES.values()} == {*range(1, 16), *range(0x81, 0x8F)}
 
 
 BAD_VALUES = [
