@@ -318,9 +318,7 @@ class InstanceLink:
     # -- messages ---------------------------------------------------------------------------------------------------
     def _receive(self, message: object) -> None:
         match message:
-            case SaveBegin() | SaveChunk() | Load() | Depart() | Return() | Arrive() | MovePart() | Wanted() if (
-                not self._ready.done()
-            ):
+            case SaveBegin() | SaveChunk() | Load() if not self._ready.done():
                 # Sent before the instance heard this hello, perhaps to a manager that died. Nothing is known of its
                 # engine yet, and what is still open comes once more after Ready.
                 return
@@ -333,7 +331,8 @@ class InstanceLink:
                     raise ProtocolError("a load came while another was being answered")
                 self._loading = self._loop.create_task(self._load(seq))
             case Depart() | Return() | Arrive() | MovePart() | Wanted():
-                self._moves.receive(message)
+                if self._ready.done():
+                    self._moves.receive(message)
             case Ready():
                 self._on_ready(message)
             case PowerChanged(power=power, why=why):
