@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from vtpm.guest_link.control_link import ControlLink
 from vtpm.guest_link.data_link import EmulatorDataLink
 from vtpm.guest_link.journal import (
     REPLY_AT,
@@ -192,3 +193,44 @@ def test_a_reply_too_long_is_refused_before_anything_is_sent(
     theirs.setblocking(False)
     with pytest.raises(BlockingIOError):
         theirs.recv(1)
+
+
+def test_long_reply_is_sent_whole_and_ends_its_turn(memfd: int, ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    journal, reply = Journal(memfd), os.urandom(300_000)
+    came = bytearray()
+
+    def read() -> None:
+        while len(came) < len(reply):
+            came.extend(theirs.recv(65536))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    journal.begin(b"request")
+    journal.reply_unkept(ours, reply)
+    reader.join(5)
+    assert came == reply
+    assert journal.state is LinkState.IDLE
+    assert not journal.reply_is_lost
+
+
+def test_successor_hangs_up_when_its_predecessor_died_within_a_long_reply(
+    memfd: int, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, _theirs = ends
+    predecessor = Journal(memfd)
+    predecessor.begin(b"\0\0\0\x0c")
+    ours.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        predecessor.reply_unkept(ours, bytes(4 << 20))
+    journal = Journal(memfd)
+    assert journal.reply_is_lost
+    with pytest.raises(BrokenPipeError, match="too long to keep"):
+        ControlLink(ours, journal).unfinished()
+
+
+def test_reply_is_not_lost_when_it_is_kept(memfd: int) -> None:
+    journal = Journal(memfd)
+    _left_replying(journal, memfd, bytes(100), sent=10)
+    assert journal.state is LinkState.REPLYING
+    assert not journal.reply_is_lost

@@ -37,7 +37,7 @@ from vtpm.wire.manager_link import (
 )
 
 OK = bytes(4)
-TPM_RC_FAILURE, TPM_RC_RETRY = bytes.fromhex("00000101"), bytes.fromhex("00000922")
+TPM_RC_INITIALIZE, TPM_RC_FAILURE, TPM_RC_RETRY = (bytes.fromhex(one) for one in ("00000100", "00000101", "00000922"))
 PCR = 16
 EXTEND = bytes.fromhex(f"80020000004100000182000000{PCR:02x}0000000940000009000000000000000001000b") + bytes([7] * 32)
 READ_PCR = bytes.fromhex("8001000000140000017e00000001000b03000001")
@@ -170,7 +170,9 @@ def test_vtpm_is_not_asked_back_when_its_qemu_ends(source: Vtpmd, guest: PlayedE
     guest.control(Plain(Command.SHUTDOWN))
     guest.control_socket.close()
     source.manager.wait_for(ClientChanged, lambda one: one.client is ClientKind.NONE)
-    source.manager.hello()
+    with PlayedEmulator(source) as other:
+        # After all that the end of the one before led to.
+        assert code(other.tpm(READ_PCR)) == TPM_RC_INITIALIZE
     assert not source.manager.of(Return)
 
 
@@ -343,6 +345,7 @@ def test_init_fails_when_the_vtpm_is_expected_and_no_state_has_come(destination:
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [(0, StateKind.PERMANENT), (1, StateKind.PERMANENT), (2, StateKind.VOLATILE), (2, StateKind.SAVESTATE)],
+    ids=["plain", "decrypted", "volatile", "savestate"],
 )
 def test_state_is_refused_when_it_is_not_sealed_or_of_another_kind(
     destination: Vtpmd, flags: int, kind: StateKind
