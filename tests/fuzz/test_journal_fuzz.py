@@ -103,6 +103,10 @@ def test_control_successor_ends_the_turn_when_a_predecessor_wrote_anything(
         journal = Journal(memfd)
         state, left = journal.state, journal.reply_left
         link = ControlLink(ours, journal)
+        if journal.reply_is_lost:
+            with pytest.raises(BrokenPipeError):
+                link.unfinished()
+            return
         command = link.unfinished()
         if command is not None:
             assert state is LinkState.BUSY
