@@ -36,7 +36,7 @@ CODECS = {
     "wire/message_codec": HeldBy("wire/test_manager_link*.py", "manager_link", 85),
     "wire/manager_link": HeldBy("wire/test_manager_link*.py", "manager_link", 70),
     "wire/manager_link_peers": HeldBy("wire/test_manager_link*.py", "manager_link", 95),
-    "wire/manager_link_moves": HeldBy("wire/test_manager_link_moves.py", "manager_link", 90),
+    "wire/manager_link_moves": HeldBy("wire/test_manager_link_moves.py", "manager_link", 75),
     "wire/guest_port": HeldBy("wire/test_guest_port.py", "guest_port", 75),
     "wire/evidence": HeldBy("wire/test_evidence.py", "evidence", 60),
     "wire/migration": HeldBy("wire/test_migration.py", "migration"),

@@ -13,7 +13,18 @@ from tests.unit.wire.port_examples import requests, to_relay, to_vm, tpm_command
 from vtpm.errors import ProtocolError
 from vtpm.wire.emulator import Command, Plain, encode_request
 from vtpm.wire.framing import BadFrame, Deframer, encode_frame
-from vtpm.wire.guest_port import HEADER, MAX_BODY_BYTES, PORT_VERSION, Direction, decode_message, encode_message
+from vtpm.wire.guest_port import (
+    HEADER,
+    MAX_BODY_BYTES,
+    MAX_PIECE_BYTES,
+    PORT_VERSION,
+    Direction,
+    Reply,
+    ReplyPart,
+    decode_message,
+    encode_message,
+    reply_messages,
+)
 
 BOTH = st.one_of(st.tuples(st.just(Direction.TO_VM), to_vm), st.tuples(st.just(Direction.TO_RELAY), to_relay))
 
@@ -86,3 +97,13 @@ def test_messages_are_found_again_when_a_writer_died_in_the_middle_of_one(
         got += deframer.feed(piece)
     bodies = [body for body in got if not isinstance(body, BadFrame)]
     assert [decode_message(body, Direction.TO_RELAY) for body in bodies] == [*before, *after]
+
+
+@effort.codec
+@given(st.integers(4, 3 * MAX_PIECE_BYTES))
+def test_long_reply_comes_back_when_its_messages_are_put_together(size: int) -> None:
+    reply = b"\xc0" * size
+    messages = [decode_message(encode_message(one), Direction.TO_RELAY) for one in reply_messages(1, reply)]
+    assert all(isinstance(one, ReplyPart) for one in messages[:-1])
+    assert isinstance(messages[-1], Reply)
+    assert b"".join(one.data for one in messages if isinstance(one, ReplyPart | Reply)) == reply

@@ -59,3 +59,15 @@ def test_guest_finds_its_pcrs_when_it_was_suspended(host: Host, image: Image, tm
     with Guest(GuestConfig(image, control, TpmModel.TIS), tmp_path) as guest, host.client() as client:
         checks.check_resume(guest)
         assert client.show("sleeper").state == "running"
+
+
+def test_guest_goes_on_when_its_qemu_migrates_and_no_move_is_under_way(
+    host: Host, image: Image, tmp_path: Path
+) -> None:
+    control = _started(host, "stays", TpmVersion.V2_0)
+    with Guest(GuestConfig(image, control), tmp_path) as guest:
+        guest.qmp.execute("migrate", uri=f"exec:cat > {tmp_path / 'saved'}")
+        assert guest.wait_migrated() == "failed"
+        checks.check_extend(guest)
+    with host.client() as client:
+        assert any("no migration of this vTPM is under way" in str(event.detail) for event in client.all_events())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,11 +12,11 @@ import pytest
 
 from tests.support.guest import Guest, GuestConfig, Image, TpmModel, build_image
 from tests.support.guest.channel import Deadline
+from tests.support.relayed import RelayedVtpmd
 from tests.support.vtpmd import Vtpmd
 from vtpm.wire.manager_link import Arrive, Depart, LinkPower, PowerChanged, Return, Wanted
 
 LIMIT_S = 60.0
-ENDED = frozenset({"completed", "failed", "cancelled"})
 BEAT = """
 (
     n=0
@@ -48,11 +47,7 @@ class Pair:
             one.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "return-path", "state": True}])
         self.other.qmp.execute("migrate-incoming", uri=self.uri)
         self.guest.qmp.execute("migrate", uri=self.uri)
-        deadline = Deadline(LIMIT_S)
-        while (status := self.guest.qmp.execute("query-migrate").get("status")) not in ENDED:
-            assert deadline.remaining_s(), f"the migration is {status}"
-            time.sleep(0.05)
-        return str(status)
+        return self.guest.wait_migrated(LIMIT_S)
 
 
 def beats(guest: Guest) -> int:
@@ -81,10 +76,10 @@ def image() -> Image:
     return build_image()
 
 
-@pytest.fixture
-def pair(image: Image, tmp_path: Path) -> Iterator[Pair]:
+@pytest.fixture(params=[Vtpmd, RelayedVtpmd], ids=["process", "relayed"])
+def pair(request: pytest.FixtureRequest, image: Image, tmp_path: Path) -> Iterator[Pair]:
     uri = f"unix:{tmp_path / 'm'}"
-    with Vtpmd() as source, Vtpmd() as destination:
+    with request.param() as source, request.param() as destination:
         source.manager.hello()
         destination.manager.moves.sealed = source.manager.moves.sealed
         destination.manager.moves.has_load = False

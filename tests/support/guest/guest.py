@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ KERNEL_ARGUMENTS = "console=ttyS0,115200 loglevel=5 random.trust_cpu=on"
 _OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 _OVMF_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 _CONSOLE_TAIL_BYTES = 6000
+_MIGRATION_ENDS = frozenset({"completed", "failed", "cancelled"})
 
 
 class TpmModel(enum.StrEnum):
@@ -178,6 +180,15 @@ class Guest:
             self.boot_id = agent.wait_ready(deadline)
         if self.boot_id == before:
             raise GuestError("the guest's agent came back without a boot")
+
+    def wait_migrated(self, timeout_s: float = 60.0) -> str:
+        """Wait for the end of a migration from here, and return how it ended: completed, failed or cancelled."""
+        deadline = Deadline(timeout_s)
+        while (status := str(self.qmp.execute("query-migrate").get("status"))) not in _MIGRATION_ENDS:
+            if not deadline.remaining_s():
+                raise GuestError(f"the migration is {status}")
+            time.sleep(0.05)
+        return status
 
     def adopt(self, source: Guest) -> None:
         """Say which guest this one is now, its agent with it."""
