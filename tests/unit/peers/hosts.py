@@ -151,15 +151,12 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
     return got
 
 
-async def tried(port: int, context: ssl.SSLContext | None, data: bytes, *, ends: bool = False) -> bytes:
-    """Connect, send, and return all that comes back until the other side ends it."""
+async def tried(port: int, context: ssl.SSLContext | None, data: bytes, *, whole: bool = False) -> bytes:
+    """Connect, send, and return what comes back first, or all of it; nothing when the connection ends."""
     try:
         async with connected(port, context) as (reader, writer):
             writer.write(data)
-            if ends:
-                await writer.drain()
-                writer.write_eof()
-            return await rest(reader)
+            return await rest(reader) if whole else await reader.read(1 << 16)
     except OSError:
         return b""
 

@@ -283,7 +283,7 @@ def test_requests_are_answered_one_after_the_other_when_they_come_at_once(tmp_pa
             bodies = [b"%d" % number for number in range(5)]
             data = b"".join(request(body=body) for body in bodies[:-1])
             last = request("Content-Length: 1", "Connection: close", body=bodies[-1])
-            return await tried(served.port, context_of(b, a), data + last)
+            return await tried(served.port, context_of(b, a), data + last, whole=True)
 
     got = run(pipelined())
     assert [answer.partition(b"\r\n\r\n")[2] for answer in got.split(b"HTTP/1.1 200 ")[1:]] == [
@@ -387,7 +387,7 @@ def test_peer_is_served_when_strangers_hold_every_place(tmp_path: Path) -> None:
 
 
 def test_those_of_one_address_displace_one_another_when_they_are_many(tmp_path: Path) -> None:
-    """Whoever floods from one address keeps out neither those of others, nor a peer that is there too."""
+    """Whoever floods from one address leaves those from others alone, and keeps no peer out that is there too."""
     a, b = acquainted(tmp_path)
 
     async def flood() -> None:
