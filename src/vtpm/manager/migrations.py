@@ -41,6 +41,8 @@ from vtpm.wire.migration import (
 PROPOSALS_AT_ONCE = 20
 PROPOSALS_PER_S = 1.0
 """Of one peer: each takes the platform TPM the time of a quote, and saves of all vTPMs need that TPM too."""
+FOLLOW_UP_S = 120.0
+"""How long one peer is asked about what is not decided before all peers are asked again."""
 MAX_EXCHANGES = 16
 """Of one conversation: no attempt has as many messages."""
 MAX_TROUBLES = 1024
@@ -222,9 +224,21 @@ class MigrationService:
             except VtpmError as error:
                 _log.warning("migrations are not followed up: %s", error)
                 continue
+            undecided: dict[str, list[KnownVtpm]] = {}
             for one in known:
                 if not _is_over(one) and one.vtpm_id not in self._phases:
-                    await self._follow_up(one)
+                    undecided.setdefault(one.holding.peer, []).append(one)
+            # A peer that takes its time, or is gone, keeps nobody else's waiting.
+            asked = (self._follow_up_all(theirs) for theirs in undecided.values())
+            for failed in await asyncio.gather(*asked, return_exceptions=True):
+                if isinstance(failed, Exception):
+                    _log.error("moves were not followed up: %s", failed, exc_info=failed)
+
+    async def _follow_up_all(self, known: Sequence[KnownVtpm]) -> None:
+        deadline = asyncio.get_running_loop().time() + FOLLOW_UP_S
+        for one in known:
+            if asyncio.get_running_loop().time() < deadline:
+                await self._follow_up(one)
 
     async def _follow_up(self, known: KnownVtpm) -> None:
         try:

@@ -5,13 +5,10 @@ Each change leaves an audit event. Keys pass through here and are kept nowhere. 
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable
 
-from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
+from vtpm.manager.noted import Note, host_event, noted
 from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.vault.records import Event
 from vtpm.wire.api import AllowPcrs, ConfirmRecoveryKey, NewRecoveryKey, PcrSet, Policy, RecoveryKeyText
@@ -34,7 +31,7 @@ class PlatformService:
         self,
         keeper: KeeperClient,
         threads: CallThreads,
-        note: Callable[[Event], Awaitable[None]],
+        note: Note,
         accept: Callable[[Event | None], Awaitable[None]],
     ) -> None:
         self._keeper = keeper
@@ -51,20 +48,20 @@ class PlatformService:
         """Have the root key open under further PCR values."""
         caller.require_admin("change the root key's policy")
         detail = {"label": wanted.label, "values": " ".join(wanted.values)}
-        async with self._noted(caller, "policy_allow", "policy_allowed", **detail):
+        async with noted(self._note, caller, "policy_allow", "policy_allowed", **detail):
             return _policy(await self._threads.run(self._keeper.policy_allow, wanted.label, tuple(wanted.values)))
 
     async def drop(self, label: str, caller: Caller) -> Policy:
         """Have the root key open under these PCR values no more."""
         caller.require_admin("change the root key's policy")
-        async with self._noted(caller, "policy_drop", "policy_dropped", label=label):
+        async with noted(self._note, caller, "policy_drop", "policy_dropped", label=label):
             return _policy(await self._threads.run(self._keeper.policy_drop, label))
 
     async def new_recovery_key(self, caller: Caller) -> NewRecoveryKey:
         """Make a recovery key; one that was made before counts until this one is confirmed."""
         caller.require_admin("make a recovery key")
         # Before it is made: there is none of which the audit log does not know.
-        await self._note(_event(caller, "recovery_key_made"))
+        await self._note(host_event(caller, "recovery_key_made"))
         text = await self._threads.run(self._keeper.new_recovery_key)
         public = RecoveryKey.from_text(text).public
         return NewRecoveryKey(text, public.to_text(), public.fingerprint)
@@ -73,8 +70,8 @@ class PlatformService:
         """Let the recovery key that was made last count, and no other: somebody has it."""
         caller.require_admin("confirm a recovery key")
         public = RecoveryPublicKey.from_text(given.public_key)
-        async with self._noted(
-            caller, "recovery_key_confirm", "recovery_key_confirmed", fingerprint=public.fingerprint
+        async with noted(
+            self._note, caller, "recovery_key_confirm", "recovery_key_confirmed", fingerprint=public.fingerprint
         ):
             await self._threads.run(self._keeper.confirm_recovery_key, public.to_text())
 
@@ -83,33 +80,10 @@ class PlatformService:
         caller.require_admin("recover the vault")
         anchor_kept = await self._threads.run(self._keeper.recover, given.recovery_key)
         # Only if the anchor went with the TPM is the store taken for the newest, and notes that itself.
-        await self._accept(None if anchor_kept else _event(caller, "store_accepted"))
-        await self._note(_event(caller, "recovered"))
-
-    @contextlib.asynccontextmanager
-    async def _noted(self, caller: Caller, what: str, done: str, **detail: str) -> AsyncIterator[None]:
-        """Note a change of the keeper's before it is asked for and after: no end of the manager leaves it out.
-
-        An intent without an outcome says that the manager died meanwhile. As after a failure for want of an answer, the
-        change may be made then.
-
-        Args:
-            what: the intent is `{what}_asked`, a failure `{what}_failed`.
-            done: the word for the change that was made.
-        """
-        await self._note(_event(caller, f"{what}_asked", **detail))
-        try:
-            yield
-        except VtpmError as error:
-            await self._note(_event(caller, f"{what}_failed", **detail, why=error.message))
-            raise
-        await self._note(_event(caller, done, **detail))
+        await self._accept(None if anchor_kept else host_event(caller, "store_accepted"))
+        await self._note(host_event(caller, "recovered"))
 
 
 def _policy(state: PolicyState) -> Policy:
     sets = [PcrSet(found.label, [*found.values], found.matches) for found in state.sets]
     return Policy(state.selection, sets, [*state.current])
-
-
-def _event(caller: Caller, kind: str, **detail: str) -> Event:
-    return Event(datetime.now(UTC), caller.uid, kind, detail=json.dumps(detail))
