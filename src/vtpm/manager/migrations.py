@@ -38,6 +38,9 @@ from vtpm.wire.migration import (
     encode_message,
 )
 
+MESSAGES_AT_ONCE = 200
+MESSAGES_PER_S = 20.0
+"""Of one peer: each asks the store, on whose thread guests' saves wait."""
 PROPOSALS_AT_ONCE = 20
 PROPOSALS_PER_S = 1.0
 """Of one peer: each takes the platform TPM the time of a quote, and saves of all vTPMs need that TPM too."""
@@ -74,6 +77,14 @@ class Parties(Protocol):
         """Return a peer by name or URL. Raises NotFoundError: nobody has named it here."""
 
 
+class _Bounds:
+    """What one peer may ask: there are as many as were in the book since this manager began."""
+
+    def __init__(self) -> None:
+        self.messages = Allowance(MESSAGES_AT_ONCE, MESSAGES_PER_S)
+        self.proposals = Allowance(PROPOSALS_AT_ONCE, PROPOSALS_PER_S)
+
+
 class _Turn:
     """Lets calls about one vTPM go one after the other; takers hold it or wait for it."""
 
@@ -107,7 +118,7 @@ class MigrationService:
         self._threads = threads
         self._remind_s = remind_s
         self._turns: dict[VtpmId, _Turn] = {}
-        self._proposals: dict[str, Allowance] = {}
+        self._bounds: dict[str, _Bounds] = {}
         self._phases: dict[VtpmId, Phase] = {}
         self._troubles: dict[VtpmId, str] = {}
         self._undecided = asyncio.Event()
@@ -197,9 +208,12 @@ class MigrationService:
         Raises:
             ProtocolError: it is no message. VtpmError: as Mover.receive.
         """
+        bounds = self._bounds.setdefault(peer, _Bounds())
+        if not bounds.messages.take():
+            raise UnavailableError(f"{peer} says too much at once", next_step="Try again in a minute")
         await self._vtpms.door.opened()
         message = _decoded(body)
-        if isinstance(message, Propose) and not self._allowance(peer).take():
+        if isinstance(message, Propose) and not bounds.proposals.take():
             raise UnavailableError(f"{peer} proposes too many vTPMs at once", next_step="Try again in a minute")
         try:
             sends = await self._run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
@@ -297,10 +311,6 @@ class MigrationService:
             if not turn.takers:
                 # A peer may name vTPMs without end.
                 self._turns.pop(vtpm_id, None)
-
-    def _allowance(self, peer: str) -> Allowance:
-        # As many as there are peers in the book, and have been since this manager began.
-        return self._proposals.setdefault(peer, Allowance(PROPOSALS_AT_ONCE, PROPOSALS_PER_S))
 
     def _settled(self, vtpm_id: VtpmId) -> None:
         self._vtpms.look_again(vtpm_id)

@@ -23,7 +23,7 @@ from vtpm.errors import (
 )
 from vtpm.manager.access import Caller
 from vtpm.manager.lifecycle import Happening, after
-from vtpm.manager.migrations import PROPOSALS_AT_ONCE, MigrationService, Party
+from vtpm.manager.migrations import MESSAGES_AT_ONCE, PROPOSALS_AT_ONCE, MigrationService, Party
 from vtpm.manager.service import ManagerService
 from vtpm.migration.mover import NO_VM
 from vtpm.tpm.types import VtpmId
@@ -322,6 +322,10 @@ def test_peer_is_told_to_come_later_when_it_proposes_without_end(link: Link) -> 
     with pytest.raises(UnavailableError, match="too many vTPMs"):
         for _ in range(PROPOSALS_AT_ONCE):
             run(b.receive("a", *proposal(), channel))
+    with pytest.raises(UnavailableError, match="says too much"):
+        for _ in range(MESSAGES_AT_ONCE):
+            with contextlib.suppress(ProtocolError):
+                run(b.receive("a", new_record().id, b"", channel))
     # Another has its own, and nothing is remembered of all those that were named.
     assert run(b.receive("c", *proposal(), channel))
     assert not b._turns
