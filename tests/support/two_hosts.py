@@ -33,6 +33,13 @@ class Peers:
         """Return where a host lets others in."""
         return "127.0.0.1", self.ports[name]
 
+    def agree(self) -> None:
+        """Have each allow what the other is by now."""
+        policies = {name: host.cli("platform", "policy").stdout for name, host in self.hosts.items()}
+        for name in self.hosts:
+            (other,) = self.hosts.keys() - {name}
+            (self.folder / name / PLATFORM_POLICY).write_text(policies[other])
+
     def reach(self, name: str, other: str, port: int | None) -> None:
         """Have one host reach the other at a port; None: its own."""
         url = f"https://127.0.0.1:{port or self.ports[other]}"
@@ -47,11 +54,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def known_to_each_other(folder: Path) -> Iterator[Peers]:
+def known_to_each_other(folder: Path, settings: str = "") -> Iterator[Peers]:
     """Start two hosts, enrol both with one authority, and name each to the other with a policy that both pass.
 
     Args:
         folder: for what an operator carries between them.
+        settings: further lines of both hosts' configuration files.
     """
     authority = folder / "authority"
     # Services of other users read there what operators put there.
@@ -64,11 +72,11 @@ def known_to_each_other(folder: Path) -> Iterator[Peers]:
             own = folder / name
             (own / "authorities").mkdir(mode=0o755, parents=True)
             own.chmod(0o755)
-            settings = (
+            own_settings = settings + (
                 f'migration_address = "127.0.0.1:{ports[name]}"\nmigration_retry_s = 1\n'
                 f'platform_policy = "{own / PLATFORM_POLICY}"\nauthorities = "{own / "authorities"}"\n'
             )
-            hosts[name] = stack.enter_context(Host(platform.tcti, settings=settings))
+            hosts[name] = stack.enter_context(Host(platform.tcti, settings=own_settings))
         made = Peers(hosts, platforms, ports, folder)
         hosts["host-a"].cli("authority", "new", str(authority), "--name", "test")
         for name, host in hosts.items():
@@ -88,10 +96,10 @@ def enrol(host: Host, name: str, authority: Path, folder: Path) -> None:
 def introduce(peers: Peers) -> None:
     """Name each host to the other: where it is, its certificate, the authority, and what it must be."""
     for host in peers.hosts.values():
-        # What runs vTPMs is known to a host, and so in the policy that it prints, once it has run one.
+        # What runs vTPMs is allowed on a host, for good, once it has run one.
         for words in (("create", "first"), ("start", "first"), ("stop", "first"), ("delete", "first", "--yes")):
             host.cli(*words)
-    policies = {name: host.cli("platform", "policy").stdout for name, host in peers.hosts.items()}
+    peers.agree()
     for name, host in peers.hosts.items():
         certificate = peers.folder / f"{name}.pem"
         certificate.write_text(host.cli("peer", "certificate").stdout)
@@ -99,5 +107,4 @@ def introduce(peers: Peers) -> None:
         (other,) = peers.hosts.keys() - {name}
         own = peers.folder / name
         (own / "authorities" / "test.pem").write_bytes((peers.folder / "authority" / "authority.pem").read_bytes())
-        (own / PLATFORM_POLICY).write_text(policies[other])
         peers.reach(name, other, None)

@@ -7,6 +7,7 @@ import click
 from vtpm.cli.output import Output, print_json, print_line, print_table, progress
 from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
 from vtpm.errors import UsageError
+from vtpm.wire.api import DomainName
 from vtpm.wire.api_migrations import Migration
 
 _WHAT = {
@@ -21,11 +22,16 @@ _WHAT = {
 @click.command()
 @click.argument("name", required=False)
 @click.option("--to", metavar="PEER", help="The host that is to take it: its name or URL, as `vtpm peer add` was told.")
+@click.option(
+    "--domain",
+    type=click.Choice([domain.value for domain in DomainName]),
+    help="What it is to live in there; without, what it lives in here.",
+)
 @click.option("--status", is_flag=True, help="Show what has moved or is on its way: of NAME, or all.")
 @click.option("--abort", is_flag=True, help="Take back what is frozen on its way; never what has moved.")
 @json_option
 @pass_session
-def migrate(session: Session, name: str | None, to: str | None, status: bool, abort: bool) -> None:
+def migrate(session: Session, name: str | None, to: str | None, domain: str | None, status: bool, abort: bool) -> None:
     """Move the stopped vTPM NAME to another host, which has to prove first what it is.
 
     At most one of the two hosts can ever run it. Once it has moved it cannot be taken back; it moves back.
@@ -48,7 +54,7 @@ def migrate(session: Session, name: str | None, to: str | None, status: bool, ab
             with progress(
                 f"Moving {name} to {to}: both hosts prove what they are, then its state goes", session.output
             ):
-                done = manager.migrate(name, to)
+                done = manager.migrate(name, to, DomainName(domain) if domain else None)
     _print(done, session.output)
 
 

@@ -219,21 +219,26 @@ class ManagerClient:
         answer = self._request("POST", f"{_path_of(name)}/export", to)
         return decode(ExportedVtpm, answer, "the backup")
 
-    def migrate(self, name: str, to: str) -> Migration:
+    def migrate(self, name: str, to: str, domain: DomainName | None = None) -> Migration:
         """Move a stopped vTPM to a peer; returns once it is there.
 
+        Args:
+            domain: what it is to live in there; None: what it lives in here, if the peer has such.
         Raises:
             AttestationError: the peer is not what policy asks for; the vTPM is as it was.
             ConflictError: it is not stopped, or the peer does not take it; it is as it was.
             UnavailableError: the peer does not answer; the message says whether the vTPM is as it was, or frozen.
         """
         answer = self._request(
-            "POST", f"{_path_of(name)}/migrate", MigrateVtpm(to), read_s=max(self.timeout_s, MIGRATION_TIMEOUT_S)
+            "POST",
+            f"{_path_of(name)}/migrate",
+            MigrateVtpm(to, domain),
+            read_s=max(self.timeout_s, MIGRATION_TIMEOUT_S),
         )
         return decode(Migration, answer, "the migration")
 
     def abort_migration(self, name: str) -> Migration:
-        """Take back a vTPM that is frozen on its way to a peer. Raises ConflictError: it is not, or has moved."""
+        """Take back a vTPM that is frozen on its way. Raises ConflictError: it is not, or has moved."""
         answer = self._request("POST", f"{_path_of(name)}/migrate/abort", read_s=max(self.timeout_s, 60.0))
         return decode(Migration, answer, "the migration")
 

@@ -180,7 +180,7 @@ def make_app(
 
     @app.post("/v1/vtpms/{name:path}/migrate", dependencies=vault)
     async def migrate(name: str, who: By, wanted: MigrateVtpm) -> Migration:
-        return await migrations.migrate(name, wanted.to, who)
+        return await migrations.migrate(name, wanted, who)
 
     @app.post("/v1/vtpms/{name:path}/migrate/abort", dependencies=vault)
     async def abort(name: str, who: By) -> Migration:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 from uuid import UUID
 
@@ -23,8 +23,9 @@ from vtpm.migration.mover import Channel, Mover
 from vtpm.migration.steps import Send
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.holding import KnownVtpm, Right
+from vtpm.vault.records import DomainKind
 from vtpm.wire.allowance import Allowance
-from vtpm.wire.api_migrations import Migration, Phase
+from vtpm.wire.api_migrations import MigrateVtpm, Migration, Phase
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.migration import (
     Decline,
@@ -126,7 +127,7 @@ class MigrationService:
         self._undecided.set()
 
     # -- what operators ask ------------------------------------------------------------------------------------------
-    async def migrate(self, name: str, to: str, caller: Caller) -> Migration:
+    async def migrate(self, name: str, wanted: MigrateVtpm, caller: Caller) -> Migration:
         """Move a stopped vTPM to a peer.
 
         Raises:
@@ -135,7 +136,7 @@ class MigrationService:
             UnavailableError: the peer does not answer: as it was, or frozen until it does; the message says which.
         """
         caller.require_admin("move vTPMs")
-        party = await self._parties.find(to)
+        party = await self._parties.find(wanted.to)
         async with self._vtpms.held(name, caller, Happening.MIGRATE) as record:
             try:
                 self._phases[record.id] = Phase.PROVING
@@ -145,6 +146,8 @@ class MigrationService:
                     raise ConflictError(f"{party.name} does not take vTPM {name}: {reason or 'it has made no offer'}")
                 # As it is by now: nobody starts it from here on.
                 record = await self._vtpms.door.run(lambda store: store.get_vtpm(record.id))
+                if wanted.domain is not None:
+                    record = replace(record, domain=DomainKind.of(wanted.domain, record.domain.make))
                 self._phases[record.id] = Phase.SENDING
                 sends = await self._run(record.id, self._mover.freeze, record, caller.uid)
                 reason = await self._deliver(record.id, party, sends)

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass
 from uuid import UUID
 
+from vtpm.wire.api import DomainName
+
 
 class Phase(enum.StrEnum):
     """How far a move is."""
@@ -21,9 +23,15 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True)
 class MigrateVtpm:
-    """Where a vTPM is to move: a peer's name or URL."""
+    """Where a vTPM is to move.
+
+    Args:
+        to: a peer's name or URL.
+        domain: what it is to live in there; None: what it lives in here.
+    """
 
     to: str
+    domain: DomainName | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from vtpm.tpm.types import VtpmId
 from vtpm.vault.records import VtpmRecord
 from vtpm.vault.store import Store
 from vtpm.wire.api import LifeState
-from vtpm.wire.api_migrations import Migration, Phase
+from vtpm.wire.api_migrations import MigrateVtpm, Migration, Phase
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.migration import Mode, Propose, encode_message
 
@@ -166,11 +166,11 @@ def listed(link: Link, name: str) -> Sequence[Migration]:
 
 def test_vtpm_moves_and_both_say_where_it_is(link: Link) -> None:
     record = link.hosts["a"].manufactured()
-    done = run(link.services["a"].migrate("web1", "b", ROOT))
+    done = run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     assert (done.right, done.peer, done.epoch, done.phase) == ("moved", "b", 2, Phase.OVER)
     assert link.usable(record.id) == [False, True]
     assert [(one.right, one.peer, one.phase) for one in listed(link, "b")] == [("held", "a", Phase.OVER)]
-    back = run(link.services["b"].migrate("web1", "a", ROOT))
+    back = run(link.services["b"].migrate("web1", MigrateVtpm("a"), ROOT))
     assert (back.right, back.epoch) == ("moved", 3)
     assert link.usable(record.id) == [True, False]
 
@@ -179,7 +179,7 @@ def test_nothing_is_told_or_done_when_the_caller_is_no_administrator(link: Link)
     link.hosts["a"].manufactured()
     somebody, service = Caller(1000, 1000, is_admin=False), link.services["a"]
     for asked in (
-        service.migrate("web1", "b", somebody),
+        service.migrate("web1", MigrateVtpm("b"), somebody),
         service.list(somebody),
         service.abort("web1", somebody),
         service.adopt("web1", somebody),
@@ -200,7 +200,7 @@ def test_vtpm_is_usable_at_exactly_one_host_when_the_link_breaks_at_any_message(
     # Asking what has become of the state fails as well.
     faults[number + 1] = UnavailableError("the link is cut")
     with contextlib.suppress(VtpmError):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     faults.clear()
     run(link.until_over())
     assert sorted(link.usable(record.id)) == [False, True]
@@ -210,11 +210,11 @@ def test_operator_hears_that_it_is_frozen_and_why_when_the_peer_is_lost_after_th
     record = link.hosts["a"].manufactured()
     link.behind[3] = link.before[4] = UnavailableError("the link is cut")
     with pytest.raises(UnavailableError, match=r"frozen: b has not said whether it has stored it \(the link is cut"):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     (here,) = listed(link, "a")
     assert (here.right, here.phase) == ("frozen", Phase.UNDECIDED)
     with pytest.raises(ConflictError, match="is frozen: cannot migrate it"):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     aborted = run(link.services["a"].abort("web1", ROOT))
     assert (aborted.right, aborted.epoch) == ("held", 3)
     # It was told: nothing is left there.
@@ -230,7 +230,7 @@ def test_trouble_is_shown_until_the_peer_answers_again(link: Link) -> None:
     for number in range(4, 10):
         link.before[number] = UnavailableError("no route to b")
     with pytest.raises(UnavailableError):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
 
     async def followed() -> None:
         task = asyncio.create_task(link.services["a"].follow())
@@ -252,7 +252,7 @@ def test_inert_vtpm_is_adopted_when_its_source_is_lost(link: Link) -> None:
     record = link.hosts["a"].manufactured()
     link.behind[3] = link.before[4] = UnavailableError("the link is cut")
     with pytest.raises(UnavailableError):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     adopted = run(link.services["b"].adopt("web1", ROOT))
     assert (adopted.right, adopted.epoch) == ("held", 2)
     with pytest.raises(ConflictError, match="waits for no release"):
@@ -266,23 +266,23 @@ def test_vtpm_stays_when_the_peer_declines_is_not_believed_or_is_unknown(link: L
     record = link.hosts["a"].manufactured()
     a, b = link.hosts.values()
     with pytest.raises(NotFoundError, match="no peer c"):
-        run(link.services["a"].migrate("web1", "c", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("c"), ROOT))
     with pytest.raises(NotFoundError):
-        run(link.services["a"].migrate("web9", "b", ROOT))
+        run(link.services["a"].migrate("web9", MigrateVtpm("b"), ROOT))
     a.attester.believes = False
     with pytest.raises(AttestationError):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     a.attester.believes, b.attester.believes = True, False
     with pytest.raises(AttestationError):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     b.attester.believes = True
     b.store(lambda store: store.create_vtpm(new_record("other", record.id)))
     with pytest.raises(ConflictError, match="b does not take vTPM web1: the vTPM is held on this host already"):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     b.store(lambda store: store.delete_vtpm(record.id))
     b.store(lambda store: store.create_vtpm(new_record()))
     with pytest.raises(ConflictError, match="has not moved: a vTPM web1 exists already"):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     assert a.usable(record.id)
     assert a.record(record.id).epoch == 3
 
@@ -298,7 +298,7 @@ def test_garbage_is_refused_and_nothing_changes(link: Link) -> None:
 
     link.exchange = garbage  # type: ignore[method-assign]
     with pytest.raises(ProtocolError):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     assert link.hosts["a"].usable(record.id)
 
 
@@ -306,7 +306,7 @@ def test_peer_is_told_to_wait_when_the_vault_is_not_open(link: Link) -> None:
     record = link.hosts["a"].manufactured()
     cast(Vtpms, link.services["b"]._vtpms).is_open = False
     with pytest.raises(UnavailableError, match="not open yet"):
-        run(link.services["a"].migrate("web1", "b", ROOT))
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     assert link.hosts["a"].usable(record.id)
 
 

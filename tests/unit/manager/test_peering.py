@@ -21,6 +21,7 @@ from vtpm.manager.service import ManagerService
 from vtpm.migration.mover import Channel
 from vtpm.peers.port import listen
 from vtpm.vault.records import Event
+from vtpm.wire.api_migrations import MigrateVtpm
 from vtpm.wire.api_peers import AddPeer
 from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.keeper_client import KeeperClient
@@ -100,8 +101,8 @@ def test_vtpm_moves_there_and_back_over_tls(managers: tuple[Manager, Manager]) -
         await a.know(b)
         await b.know(a)
         async with serving(a, b):
-            assert (await a.migrations.migrate("web1", "b", ROOT)).right == "moved"
-            assert (await b.migrations.migrate("web1", a.url, ROOT)).right == "moved"
+            assert (await a.migrations.migrate("web1", MigrateVtpm("b"), ROOT)).right == "moved"
+            assert (await b.migrations.migrate("web1", MigrateVtpm(a.url), ROOT)).right == "moved"
 
     run(there_and_back())
     assert [manager.host.usable(record.id) for manager in managers] == [True, False]
@@ -118,18 +119,18 @@ def test_vtpm_stays_when_the_peer_does_not_know_this_host_shows_another_certific
         await a.know(b)
         async with serving(b):
             with pytest.raises((AccessDeniedError, UnavailableError)) as refused:
-                await a.migrations.migrate("web1", "b", ROOT)
+                await a.migrations.migrate("web1", MigrateVtpm("b"), ROOT)
             assert "Add this host there" in refused.value.next_step
             await b.know(a)
             await a.peering.add(AddPeer("b", b.url, await a.certificate()), ROOT)
             with pytest.raises(AccessDeniedError, match="shows another certificate"):
-                await a.migrations.migrate("web1", "b", ROOT)
+                await a.migrations.migrate("web1", MigrateVtpm("b"), ROOT)
             await a.know(b)
             await b.peering.remove("a", ROOT)
             with pytest.raises((AccessDeniedError, UnavailableError)):
-                await a.migrations.migrate("web1", "b", ROOT)
+                await a.migrations.migrate("web1", MigrateVtpm("b"), ROOT)
         with pytest.raises(UnavailableError, match="cannot be reached"):
-            await a.migrations.migrate("web1", "b", ROOT)
+            await a.migrations.migrate("web1", MigrateVtpm("b"), ROOT)
 
     run(tries())
     assert a.host.usable(record.id)
@@ -145,7 +146,7 @@ def test_refusal_comes_back_as_what_it_is(managers: tuple[Manager, Manager]) -> 
         await a.know(b)
         await b.know(a)
         async with serving(b):
-            await a.migrations.migrate("web1", "b", ROOT)
+            await a.migrations.migrate("web1", MigrateVtpm("b"), ROOT)
 
     with pytest.raises(Exception, match="not believed") as raised:
         run(refused())
