@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from vtpm.errors import ConflictError, ProtocolError, UnavailableError, VtpmError
@@ -122,6 +122,7 @@ class MigrationService:
         self._bounds: dict[str, _Bounds] = {}
         self._phases: dict[VtpmId, Phase] = {}
         self._troubles: dict[VtpmId, str] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._undecided = asyncio.Event()
         # What an earlier manager left is looked at first.
         self._undecided.set()
@@ -304,6 +305,13 @@ class MigrationService:
         raise ProtocolError(f"{party.name} answers without end")
 
     async def _run(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
+        """Have the mover do something in the vTPM's turn, which lasts as long as the call, whoever is cancelled."""
+        task = asyncio.get_running_loop().create_task(self._in_turn(vtpm_id, call, *args))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _in_turn(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
         turn = self._turns.setdefault(vtpm_id, _Turn())
         turn.takers += 1
         try:

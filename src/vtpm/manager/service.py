@@ -57,6 +57,7 @@ KEEPER_TIMEOUT_S = 10.0
 POWER_PAUSE_S = 5.0
 LOCKOUT_ANSWER_S = 0.5
 """How long `show` waits for a TPM that may be busy; then it says what was known before."""
+_MOVABLE = (LifeState.STOPPED, LifeState.FROZEN, LifeState.INERT)
 LOCKED_OUT = "locked_out"
 DELETED = "deleted"
 _log = logging.getLogger("vtpm.manager")
@@ -257,9 +258,12 @@ class ManagerService:
             yield record
 
     def look_again(self, vtpm_id: VtpmId) -> None:
-        """Take a vTPM's state from the store from here on: a move may have changed it there, and nothing of it runs."""
-        if vtpm_id not in self.running:
-            self._states.pop(vtpm_id, None)
+        """Take a vTPM's state from the store from here on, if it is one that a move may have changed there.
+
+        Not of one that is being started, stopped or runs: no move changes it, and the store may be behind.
+        """
+        if self._states.get(vtpm_id) in _MOVABLE:
+            del self._states[vtpm_id]
 
     async def list(self, after: str, limit: int, caller: Caller) -> Sequence[Vtpm]:
         """Return the first `limit` vTPMs after a name, by name, of those that the caller may see."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -329,3 +330,28 @@ def test_peer_is_told_to_come_later_when_it_proposes_without_end(link: Link) -> 
     # Another has its own, and nothing is remembered of all those that were named.
     assert run(b.receive("c", *proposal(), channel))
     assert not b._turns
+
+
+def test_turn_lasts_as_long_as_its_call_when_whoever_asked_was_cancelled(link: Link) -> None:
+    service, vtpm_id = link.services["a"], new_record().id
+    begun, go_on, order = threading.Event(), threading.Event(), list[str]()
+
+    def first() -> None:
+        begun.set()
+        go_on.wait(LIMIT_S)
+        order.append("first")
+
+    async def cancelled() -> None:
+        asked = asyncio.create_task(service._run(vtpm_id, first))
+        await asyncio.to_thread(begun.wait, LIMIT_S)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        second = asyncio.create_task(service._run(vtpm_id, order.append, "second"))
+        # It has its chance to come first.
+        done, _ = await asyncio.wait([second], timeout=0.3)
+        assert not done
+        go_on.set()
+        await second
+
+    run(cancelled())
+    assert order == ["first", "second"]

@@ -93,3 +93,14 @@ def test_key_is_asked_for_once_the_image_is_known_to_be_allowed(tmp_path: Path, 
     keeper.measure_launch.assert_called_once_with("process", DEAD.measurement)
     assert keeper.unwrap_key.called
     assert "the keeper does not answer" in how
+
+
+@pytest.mark.parametrize("state", LifeState)
+def test_state_is_looked_for_in_the_store_again_only_where_a_move_may_have_changed_it(
+    tmp_path: Path, state: LifeState
+) -> None:
+    service = ManagerService(tmp_path, tmp_path, Mock(), MeasuredServices(), NewImages.REFUSE)
+    service._states[RECORD.id] = state
+    service.look_again(RECORD.id)
+    kept = state not in (LifeState.STOPPED, LifeState.FROZEN, LifeState.INERT)
+    assert (RECORD.id in service._states) is kept
