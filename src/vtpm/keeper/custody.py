@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from vtpm.errors import ConflictError, PlatformTpmError, StateError, VtpmError
-from vtpm.keeper import escrow
+from vtpm.keeper import escrow, recovered
 from vtpm.keeper.launches import Held, Launches, refused_pcr
 from vtpm.keeper.platforms import Platform
 from vtpm.keeper.root_key import NewRoot, RootKey, has_root_file, open_root_key, save_root_file, seal_again
@@ -217,11 +217,25 @@ class Custody:
                 self._disconnect()
                 tpm = self._connect()
                 self._check_fence(tpm)
+                recovered.note(self._state_dir, key.public.fingerprint)
                 self._take(seal_again(self._state_dir, tpm, secret, self._new), tpm)
                 _log.warning("the root key was recovered with recovery key %s", key.public.fingerprint)
             elif secret != self._root.secret:
                 raise StateError("the recovery key's escrow is of another root key than the one that is open")
         return self.read_anchor().version > 0
+
+    def recovery_unnoted(self) -> str:
+        """Return the fingerprint of a recovery key that was used and is in no audit log yet; empty: there is none."""
+        try:
+            return recovered.noted(self._state_dir)
+        except StateError as error:
+            _log.error("%s", error)
+            return ""
+
+    def recovery_noted(self) -> None:
+        """Forget that a recovery key was used: the audit log has it. Raises StoreError."""
+        with self._alone():
+            recovered.forget(self._state_dir)
 
     # -- policy -----------------------------------------------------------------------------------------------------
     def policy(self) -> tuple[PcrSets, PcrSet]:

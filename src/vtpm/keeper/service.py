@@ -92,6 +92,7 @@ class KeeperService:
             "confirm_recovery_key": self._confirm_recovery_key,
             "recovery_public_key": self._recovery_public_key,
             "recover": self._recover,
+            "recovery_noted": self._recovery_noted,
         }
 
     async def handle(self, op: str, args: Any, fds: tuple[int, ...], peer: Peer) -> tuple[Any, tuple[int, ...]]:
@@ -202,6 +203,10 @@ class KeeperService:
     def _recover(self, args: RecoveryText, _peer: Peer) -> Recovered:
         return Recovered(self._custody.recover(args.text))
 
+    def _recovery_noted(self, _args: NoArgs, _peer: Peer) -> NoArgs:
+        self._custody.recovery_noted()
+        return NoArgs()
+
     # -- status -----------------------------------------------------------------------------------------------------
     async def _status(self) -> KeeperStatus:
         problem = await self._probe()
@@ -217,6 +222,7 @@ class KeeperService:
             locked=locked.message if locked else "",
             locked_next_step=locked.next_step if locked else "",
             recovery=await asyncio.to_thread(custody.recovery),
+            recovery_unnoted=await asyncio.to_thread(custody.recovery_unnoted),
             anchor_writes=custody.anchor_writes,
             resets=custody.resets,
             warnings=self._warnings() + ((problem,) if problem else ()),

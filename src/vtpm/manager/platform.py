@@ -82,6 +82,7 @@ class PlatformService:
         # Only if the anchor went with the TPM is the store taken for the newest, and notes that itself.
         await self._accept(None if anchor_kept else host_event(caller, "store_accepted"))
         await self._note(host_event(caller, "recovered"))
+        await self._threads.run(self._keeper.recovery_noted)
 
 
 def _policy(state: PolicyState) -> Policy:

@@ -120,6 +120,19 @@ class ManagerService:
             await self.door.open()
         except VtpmError as error:
             _log.error("%s", error)
+        else:
+            self._spawn(self._note_recovery())
+
+    async def _note_recovery(self) -> None:
+        """Note a recovery whose manager died before it could."""
+        try:
+            status = await self._keeper_threads.run(self._keeper.status)
+            if status.recovery_unnoted:
+                detail = json.dumps({"key": status.recovery_unnoted, "noted": "by the next manager"})
+                await self.audit.append(Event(datetime.now(UTC), None, "recovered", detail=detail))
+                await self._keeper_threads.run(self._keeper.recovery_noted)
+        except VtpmError as error:
+            _log.error("whether there was a recovery is not known, the next manager looks again: %s", error)
 
     async def end(self) -> None:
         """Let go of everything; instances run on."""

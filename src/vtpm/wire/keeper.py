@@ -69,6 +69,7 @@ class KeeperStatus:
         locked: why the root key is not open, empty when it is; until then only `status` and `recover` work.
         locked_next_step: what to do about it.
         recovery: fingerprint of the recovery key that the root key is escrowed to, empty when there is none.
+        recovery_unnoted: fingerprint of a recovery key that was used and is in no audit log yet; empty: there is none.
         anchor_writes: how often this keeper has written the anchor.
         resets: how often the platform TPM lost its sessions under this keeper: it was reset, or started again.
     """
@@ -82,6 +83,7 @@ class KeeperStatus:
     locked: str
     locked_next_step: str
     recovery: str
+    recovery_unnoted: str
     anchor_writes: int
     resets: int
     warnings: tuple[str, ...]
@@ -339,6 +341,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "confirm_recovery_key": Operation(args=RecoveryText, result=NoArgs),
     "recovery_public_key": Operation(args=NoArgs, result=RecoveryText),
     "recover": Operation(args=RecoveryText, result=Recovered),
+    "recovery_noted": Operation(args=NoArgs, result=NoArgs),
     "end": Operation(args=NoArgs, result=NoArgs),
 }
 EVENTS: Mapping[str, type] = {}

@@ -236,6 +236,10 @@ class KeeperClient:
         kept: RecoveryText = self._call("recovery_public_key", NoArgs())
         return kept.text
 
+    def recovery_noted(self) -> None:
+        """Say that the audit log has the recovery that status() tells of. Raises StoreError: it may tell again."""
+        self._call("recovery_noted", NoArgs())
+
     def recover(self, recovery_key: str) -> bool:
         """Open the root key by the recovery key, and seal it to the platform TPM as it is now; again is harmless.
 

@@ -81,7 +81,16 @@ def test_key_opens_and_the_anchor_stays_when_pcrs_changed(
     assert [found.label for found in client.policy().sets] == ["recovered"]
     # From here on it opens by itself, and under the old PCRs no more.
     keeper.terminate()
-    known.check(connect(keeper.start()))
+    client = connect(keeper.start())
+    known.check(client)
+    # The keeper says that it was recovered until somebody has noted it.
+    fingerprint = RecoveryKey.from_text(known.recovery_key).public.fingerprint
+    assert client.status().recovery_unnoted == fingerprint
+    client.recovery_noted()
+    assert client.status().recovery_unnoted == ""
+    client.recovery_noted()
+    keeper.terminate()
+    assert connect(keeper.start()).status().recovery_unnoted == ""
     keeper.terminate()
     swtpm.reboot()
     assert "PCRs changed in bank sha256: 7" in connect(keeper.start()).status().locked

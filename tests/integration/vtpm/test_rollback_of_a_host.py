@@ -17,7 +17,8 @@ from tests.support.processes import short_directory
 from tests.support.swtpm import SwtpmPlatform
 from vtpm.client.manager_client import ManagerClient
 from vtpm.errors import PlatformTpmError, StateError
-from vtpm.wire.api import LifeState
+from vtpm.wire.api import AuditEvent, LifeState
+from vtpm.wire.keeper_client import KeeperClient
 
 pytestmark = pytest.mark.timeout(180)
 EACH_COMMIT = 'anchor = "each-commit"\n'
@@ -115,6 +116,41 @@ def test_vtpms_are_refused_and_work_again_when_pcrs_changed_and_the_key_was_reco
         host.shut_down()
         host.start()
         client.start("web")
+
+
+def test_recovery_is_in_the_audit_log_when_the_manager_that_was_asked_for_it_died(platform: SwtpmPlatform) -> None:
+    with Host(platform.tcti) as host:
+        key = host.cli("recovery-key").stdout
+        host.shut_down()
+        platform.reboot("other firmware")
+        host.start()
+        # The keeper has done its part, and nobody has noted it.
+        keeper = KeeperClient(host.run_dir, timeout_s=60)
+        keeper.recover(key)
+        fingerprint = keeper.status().recovery_unnoted
+        host.kill("manager")
+        host.start()
+        with host.client() as client:
+            (event,) = _awaited(client, "recovered")
+        assert event.detail == {"key": fingerprint, "noted": "by the next manager"}
+        while keeper.status().recovery_unnoted:
+            time.sleep(0.05)
+        keeper.close()
+        host.stop_manager()
+        host.start()
+        with host.client() as client:
+            assert [event.kind for event in client.all_events()].count("recovered") == 1
+
+
+def _awaited(client: ManagerClient, kind: str) -> list[AuditEvent]:
+    """Return the events of a kind, once there is one."""
+    last = 0
+    while True:
+        page = client.events(last, wait_s=20)
+        assert page, f"there is no {kind}"
+        last = page[-1].id
+        if found := [event for event in page if event.kind == kind]:
+            return found
 
 
 def test_older_store_is_refused_also_by_a_recovery_when_the_anchor_is_still_there(

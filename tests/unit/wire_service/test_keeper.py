@@ -30,6 +30,7 @@ STATUS = KeeperStatus(
     locked="",
     locked_next_step="",
     recovery="",
+    recovery_unnoted="",
     anchor_writes=0,
     resets=0,
     warnings=("The embedded TPM protects nothing",),
