@@ -41,6 +41,7 @@ _STATUS = KeeperStatus(
     locked="",
     locked_next_step="",
     recovery="",
+    recovery_unnoted="",
     anchor_writes=0,
     resets=0,
     warnings=(),
