@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
-from vtpm.errors import ConflictError, ProtocolError, UnavailableError, VtpmError
+from vtpm.errors import AttestationError, ConflictError, ProtocolError, UnavailableError, VtpmError
 from vtpm.manager.access import Caller
 from vtpm.manager.lifecycle import Happening
 from vtpm.manager.service import ManagerService
@@ -50,6 +50,8 @@ FOLLOW_UP_S = 120.0
 MAX_EXCHANGES = 16
 """Of one conversation: no attempt has as many messages."""
 MAX_TROUBLES = 1024
+_FOR_PEERS = (ConflictError, AttestationError, ProtocolError)
+"""What a peer hears in our own words; the rest has names of files, and what is wrong with them."""
 _UNDECIDED = (Right.FROZEN, Right.INERT)
 _log = logging.getLogger("vtpm.manager")
 T = TypeVar("T")
@@ -210,7 +212,8 @@ class MigrationService:
         Args:
             peer: whom the transport has authenticated.
         Raises:
-            ProtocolError: it is no message. VtpmError: as Mover.receive.
+            ConflictError, AttestationError: as Mover.receive. ProtocolError: it is no message.
+            UnavailableError: this host cannot answer, for a reason that is in its log alone.
         """
         bounds = self._bounds.setdefault(peer, _Bounds())
         if not bounds.messages.take():
@@ -223,7 +226,9 @@ class MigrationService:
             sends = await self._run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
         except VtpmError as error:
             _log.warning("vTPM %s: refused of %s: %s", vtpm_id, peer, error.message)
-            raise
+            if isinstance(error, _FOR_PEERS):
+                raise
+            raise UnavailableError("it cannot do that now", next_step="See the log of its vtpm-managerd") from error
         finally:
             self._settled(vtpm_id)
         return [encode_message(send.message) for send in sends if send.peer == peer]

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
-from vtpm.errors import VtpmError
+from vtpm.errors import AttestationError, ConflictError
 from vtpm.migration.steps import MigrationError, Send, Step
 from vtpm.migration.transcript import proposal_digest, state_digest, transcript_digest
 from vtpm.vault.holding import NOWHERE, Holding, Right
@@ -53,7 +53,11 @@ class DestinationGuard(Protocol):
     """What a destination's decisions rest on: platform TPM, policy and cryptography."""
 
     def offer(self, peer: str, proposal: Propose, migration_id: bytes, nonce: bytes) -> Offer:
-        """Return the answer, with a fresh key and evidence over all. Raises VtpmError: the vTPM is not taken."""
+        """Return the answer, with a fresh key and evidence over all.
+
+        Raises:
+            ConflictError, AttestationError: the vTPM is not taken; the source hears why. VtpmError: it is not, either.
+        """
 
     def examine(self, peer: str, proposal: Propose, offer: Offer, proof: Prove) -> None:
         """Verify the source's evidence. Raises AttestationError: what is wrong with it."""
@@ -121,7 +125,8 @@ class Destination:
         try:
             _check_vacant(holding, peer, proposal)
             offer = self._guard.offer(peer, proposal, fresh[:ID_BYTES], fresh[ID_BYTES:])
-        except VtpmError as error:
+        except (ConflictError, AttestationError) as error:
+            # What else is wrong is this host's own trouble, and no peer's to know.
             return Step(holding, session, (Send(peer, Decline(proposal_digest(proposal), error.message)),))
         return Step(holding, Incoming(peer, proposal, offer), (Send(peer, offer),))
 

@@ -355,3 +355,16 @@ def test_turn_lasts_as_long_as_its_call_when_whoever_asked_was_cancelled(link: L
 
     run(cancelled())
     assert order == ["first", "second"]
+
+
+def test_peer_hears_nothing_of_what_is_wrong_with_this_host_itself(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = link.hosts["a"].manufactured()
+
+    def evidence(extra: bytes) -> bytes:
+        raise NotFoundError("there is no platform policy /etc/vtpm/platform-policy.toml")
+
+    monkeypatch.setattr(link.hosts["b"].attester, "evidence", evidence)
+    with pytest.raises(UnavailableError, match="it cannot do that now") as refused:
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
+    assert "policy" not in str(refused.value)
+    assert link.hosts["a"].usable(record.id)

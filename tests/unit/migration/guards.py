@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtpm.errors import StateError
+from vtpm.errors import AttestationError, StateError
 from vtpm.migration.transcript import proposal_digest
 from vtpm.wire.migration import Offer, Propose, Prove
 
@@ -17,7 +17,7 @@ class Guard:
 
     def offer(self, peer: str, proposal: Propose, migration_id: bytes, nonce: bytes) -> Offer:
         if self.refuses:
-            raise StateError("policy takes no such vTPM")
+            raise AttestationError("policy takes no such vTPM")
         return Offer(migration_id, proposal_digest(proposal), nonce, b"key", b"quote")
 
     def examine(self, peer: str, proposal: Propose, offer: Offer, proof: Prove | None = None) -> None:
