@@ -98,11 +98,14 @@ class Peering:
         await PeerServer(listener, identity, self._book, handle).serve()
 
     async def _until_opened(self) -> HostIdentity:
+        said = ""
         while True:
             try:
                 return await self._opened()
             except VtpmError as error:
-                _log.warning("peers are not let in yet: %s", error)
+                if error.message != said:
+                    _log.warning("peers are not let in yet: %s", error)
+                said = error.message
                 await asyncio.sleep(RETRY_S)
 
     async def _opened(self) -> HostIdentity:
