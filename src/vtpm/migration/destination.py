@@ -80,7 +80,14 @@ class Destination:
         """Take an inert vTPM for one's own without a release: an operator says that its source is lost for good."""
         if holding.right is not Right.INERT:
             raise MigrationError(f"the vTPM is {holding.right.value} on this host, and waits for no release")
-        return Step(dataclasses.replace(holding, right=Right.HELD, digest=b""), None)
+        adopted = holding.adopted + holding.migration_id
+        return Step(dataclasses.replace(holding, right=Right.HELD, digest=b"", adopted=adopted), None)
+
+    def discard(self, holding: Holding) -> Step[Incoming]:
+        """Destroy an inert vTPM: an operator says that its source has it, or that nobody is to have it."""
+        if holding.right is not Right.INERT:
+            raise MigrationError(f"the vTPM is {holding.right.value} on this host, and no arrival to discard")
+        return Step(Holding(Right.ABSENT, holding.epoch, adopted=holding.adopted), None)
 
     def remind(self, holding: Holding, session: Incoming | None, *, wanted: bool = False) -> Step[Incoming]:
         """Ask the source what has become of the attempt; after a restart, and from time to time.
@@ -124,6 +131,8 @@ class Destination:
             return Step(holding, session, (Send(peer, session.offer),))
         try:
             _check_vacant(holding, peer, proposal)
+            if session is not None and session.proof is not None and session.peer != peer:
+                raise MigrationError("another host's attempt to move the vTPM here is under way")
             offer = self._guard.offer(peer, proposal, fresh[:ID_BYTES], fresh[ID_BYTES:])
         except (ConflictError, AttestationError) as error:
             # What else is wrong is this host's own trouble, and no peer's to know.
@@ -151,7 +160,13 @@ class Destination:
         transcript = transcript_digest(session.proposal, session.offer, session.proof)
         state = self._guard.unseal(session.offer, session.proof, transcript, message.sealed)
         inert = Holding(
-            Right.INERT, session.proposal.epoch + 1, message.migration_id, peer, digest, session.proposal.mode
+            Right.INERT,
+            session.proposal.epoch + 1,
+            message.migration_id,
+            peer,
+            digest,
+            session.proposal.mode,
+            holding.adopted,
         )
         return Step(inert, None, (Send(peer, Stored(message.migration_id, digest)),), state)
 
@@ -177,6 +192,8 @@ def _asked(holding: Holding, session: Incoming | None, peer: str, ask: Ask) -> S
         if holding.right is Right.INERT:
             return Step(holding, session, (Send(peer, Stored(ask.migration_id, holding.digest)),))
         return Step(holding, session, (Send(peer, Activated(ask.migration_id)),))
+    if holding.has_adopted(ask.migration_id):
+        return Step(holding, session, (Send(peer, Activated(ask.migration_id)),))
     # Said of no attempt that can still store: what was offered is forgotten first.
     if session is not None and session.offer.migration_id == ask.migration_id:
         session = None
@@ -198,5 +215,5 @@ def _aborted(holding: Holding, session: Incoming | None, peer: str, message: Abo
     if session is not None and (session.peer, session.offer.migration_id) == (peer, message.migration_id):
         session = None
     if holding.right is Right.INERT and holding.is_of(peer, message.migration_id):
-        return Step(Holding(Right.ABSENT, holding.epoch), session)
+        return Step(Holding(Right.ABSENT, holding.epoch, adopted=holding.adopted), session)
     return Step(holding, session)

@@ -130,7 +130,7 @@ class Source:
             raise MigrationError(f"the vTPM has moved to {holding.peer}: that cannot be taken back")
         if holding.right is not Right.FROZEN:
             return Step(holding, None)
-        kept = Holding(Right.HELD, holding.epoch + 2)
+        kept = Holding(Right.HELD, holding.epoch + 2, adopted=holding.adopted)
         return Step(kept, None, (Send(holding.peer, Aborted(holding.migration_id)),))
 
     def remind(self, holding: Holding, session: Outgoing | None) -> Step[Outgoing]:

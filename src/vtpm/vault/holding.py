@@ -19,6 +19,11 @@ from vtpm.vault.records import DIGEST_BYTES, MAX_COUNTER, valid_name
 from vtpm.wire.migration import ID_BYTES, Mode
 
 MAX_HOLDINGS = 100_000
+MAX_ARRIVED = 10_000
+"""Holdings beyond which nothing arrives any more, so that peers cannot keep this host's own vTPMs from leaving."""
+MAX_INERT_OF_ONE = 64
+"""vTPMs of one peer that may wait here for its word."""
+MAX_ADOPTED = 16
 _LABEL = b"vtpm holdings v1"
 
 
@@ -59,6 +64,8 @@ class Holding:
         peer: the other host of that attempt, as the transport names whom it has authenticated; empty: none.
         digest: SHA-256 of the sealed state of that attempt (FROZEN, INERT); empty: none.
         mode: of that attempt.
+        adopted: ids, one after the other, of all attempts that an operator ended here by adopting the vTPM; never
+            forgotten, for their sources may come back long after it went on from here.
     """
 
     right: Right
@@ -67,11 +74,17 @@ class Holding:
     peer: str = ""
     digest: bytes = b""
     mode: Mode = Mode.STOPPED
+    adopted: bytes = b""
 
     @property
     def may_run(self) -> bool:
         """Whether an instance of it may exist here and answer commands."""
         return self.right is Right.HELD
+
+    def has_adopted(self, migration_id: bytes) -> bool:
+        """Whether the vTPM was adopted here out of this attempt, whatever has become of it since."""
+        ids = (self.adopted[at : at + ID_BYTES] for at in range(0, len(self.adopted), ID_BYTES))
+        return migration_id in ids
 
     def is_of(self, peer: str, migration_id: bytes) -> bool:
         """Whether it came to be by this attempt with this host."""
@@ -117,6 +130,8 @@ def check_change(before: Holding, after: Holding) -> None:
             f"a vTPM that is {before.right.value} under epoch {before.epoch} does not become {after.right.value} under"
             f" {after.epoch}"
         )
+    if not after.adopted.startswith(before.adopted):
+        raise ConflictError("out of which attempts a vTPM was adopted is never forgotten")
 
 
 def check_known(known: KnownVtpm) -> None:
@@ -127,6 +142,8 @@ def check_known(known: KnownVtpm) -> None:
         raise UsageError(f"vTPM {known.name}: epoch {holding.epoch} is out of bounds")
     if len(holding.migration_id) not in (0, ID_BYTES) or len(holding.digest) not in (0, DIGEST_BYTES):
         raise UsageError(f"vTPM {known.name}: an attempt's id or digest is of another size")
+    if len(holding.adopted) % ID_BYTES or len(holding.adopted) > MAX_ADOPTED * ID_BYTES:
+        raise UsageError(f"vTPM {known.name}: it was adopted more than {MAX_ADOPTED} times")
     if holding.peer:
         valid_name(holding.peer)
 
@@ -151,5 +168,6 @@ def holdings_leaf(known: Sequence[KnownVtpm]) -> bytes:
             octets_field(holding.peer.encode()),
             octets_field(holding.digest),
             number_field(holding.mode.value),
+            octets_field(holding.adopted),
         ]
     return leaf_hash(b"".join(fields))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from vtpm.errors import ConflictError, NotFoundError
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.entries import StateEntry, entry_of, envelope_digest, next_events_head
-from vtpm.vault.holding import MAX_HOLDINGS, KnownVtpm, holdings_leaf
+from vtpm.vault.holding import MAX_ARRIVED, MAX_HOLDINGS, MAX_INERT_OF_ONE, KnownVtpm, Right, holdings_leaf
 from vtpm.vault.launch_policy import LaunchImage, policy_leaf, with_image
 from vtpm.vault.ledger import Draft, Ledger
 from vtpm.vault.merkle import EMPTY_LEAF, HOLDINGS_SLOT, POLICY_SLOT, leaf_hash
@@ -159,10 +159,14 @@ class Change:
         self._holdings_changed = True
         self.db.execute(REPLACE_HOLDING, known_values_of(known))
 
-    def drop_holding(self, vtpm_id: VtpmId) -> None:
-        """Forget what was held: what the vTPM's own row says counts from here on."""
-        self._holdings_changed = True
-        self.db.execute("DELETE FROM holding WHERE vtpm_id = ?", (vtpm_id.bytes,))
+    def check_room(self, peer: str) -> None:
+        """Raise ConflictError when nothing more may arrive from a peer: what waits here, or is known, is enough."""
+        known = all_holdings(self.db) if self._holdings_changed else find_holdings(self.db, self._ledger, self._name)
+        waiting = sum(one.holding.right is Right.INERT and one.holding.peer == peer for one in known)
+        if waiting >= MAX_INERT_OF_ONE:
+            raise ConflictError(f"{waiting} vTPMs of {peer} wait here for its word, and no more may")
+        if len(known) >= MAX_ARRIVED:
+            raise ConflictError(f"this host knows {len(known)} vTPMs that have moved, and takes none in any more")
 
     def check_domain(self, domain: str) -> None:
         """See that the schema has this domain, which is about to be written."""

@@ -42,7 +42,8 @@ CREATE TABLE holding (
     migration_id BLOB NOT NULL,
     peer TEXT NOT NULL,
     digest BLOB NOT NULL,
-    mode INTEGER NOT NULL CHECK (mode BETWEEN 1 AND 3)
+    mode INTEGER NOT NULL CHECK (mode BETWEEN 1 AND 3),
+    adopted BLOB NOT NULL
 ) STRICT
 """
 """What versions before 5 have not; a store of theirs gets it with the first move of a vTPM."""

@@ -12,6 +12,7 @@ from vtpm.vault.records import SavedState, VtpmRecord
 from vtpm.vault.rules import FROZEN, INERT, STOPPED, check_new_record
 from vtpm.vault.sqlite_change import Change, put_state
 from vtpm.vault.sqlite_rows import INSERT_RECORD, values_of
+from vtpm.wire.migration import Mode
 
 
 def held_now(change: Change, vtpm_id: VtpmId) -> KnownVtpm:
@@ -45,6 +46,7 @@ def move(
     if (arriving is not None) != (after.right is Right.INERT):
         raise UsageError("a vTPM arrives with its state when it becomes inert, and only then")
     name = known.name
+    check_known(KnownVtpm(vtpm_id, name or "arriving", after))
     if arriving is not None:
         name = _arrive(change, vtpm_id, after, *arriving)
     elif (before.right, after.right) != (Right.MOVED, Right.MOVED):
@@ -54,6 +56,7 @@ def move(
 
 def _arrive(change: Change, vtpm_id: VtpmId, after: Holding, record: VtpmRecord, states: Sequence[SavedState]) -> str:
     check_new_record(record, states, moving=True)
+    change.check_room(after.peer)
     if (record.id, record.epoch, record.lifecycle) != (vtpm_id, after.epoch, INERT) or not states:
         raise UsageError(f"vTPM {record.name} does not arrive as what it was sent as")
     change.check_vacant(record)
@@ -68,7 +71,10 @@ def _settle(change: Change, record: VtpmRecord, before: Holding, after: Holding)
     match after.right:
         case Right.FROZEN:
             # Its instance, if it has one, stays bound: it may go on should the move be aborted. Nothing is taken of it.
-            lifecycle, from_ = FROZEN, STOPPED if record.instance_id is None else record.lifecycle
+            running = after.mode is not Mode.STOPPED and record.instance_id is not None
+            lifecycle, from_ = FROZEN, record.lifecycle if running else STOPPED
+            if record.instance_id is not None and not running:
+                raise ConflictError(f"vTPM {record.name} has an instance", next_step="Stop it first")
         case Right.HELD:
             lifecycle, from_ = STOPPED, FROZEN if before.right is Right.FROZEN else INERT
         case _:
@@ -86,7 +92,8 @@ def forget_deleted(change: Change, record: VtpmRecord) -> None:
     """Keep the epoch of a vTPM that is deleted, if it ever moved: no host gives it back under one that has passed."""
     known = change.holding(record.id)
     if known is not None:
-        change.put_holding(dataclasses.replace(known, holding=Holding(Right.ABSENT, record.epoch)))
+        gone = Holding(Right.ABSENT, record.epoch, adopted=known.holding.adopted)
+        change.put_holding(dataclasses.replace(known, holding=gone))
 
 
 def begin_anew(change: Change, record: VtpmRecord) -> None:
@@ -94,11 +101,19 @@ def begin_anew(change: Change, record: VtpmRecord) -> None:
     known = change.holding(record.id)
     if known is None:
         return
-    if known.holding.epoch >= record.epoch:
+    holding = known.holding
+    if holding.epoch >= record.epoch:
         raise ConflictError(
-            f"vTPM {record.name} would begin with epoch {record.epoch}, and {known.holding.epoch} has passed here"
+            f"vTPM {record.name} would begin with epoch {record.epoch}, and {holding.epoch} has passed here"
         )
-    change.drop_holding(record.id)
+    if holding.right is Right.MOVED and holding.migration_id:
+        # It may wait there for a word that it would never get, or get the wrong one.
+        raise ConflictError(
+            f"vTPM {record.name} has moved to {holding.peer}, which has not said yet that it is active there",
+            next_step="Wait until vtpm migrate --status says that it is over",
+        )
+    begun = Holding(Right.HELD, record.epoch, adopted=holding.adopted)
+    change.put_holding(KnownVtpm(record.id, record.name, begun))
 
 
 def _checked(known: KnownVtpm) -> KnownVtpm:

@@ -59,10 +59,10 @@ REPLACE_IMAGE = (
     " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (kind, measurement) DO UPDATE SET label = excluded.label,"
     " engine_version = excluded.engine_version, state = excluded.state, changed_at_us = excluded.changed_at_us"
 )
-SELECT_HOLDINGS = "SELECT vtpm_id, name, standing, epoch, migration_id, peer, digest, mode FROM holding"
+SELECT_HOLDINGS = "SELECT vtpm_id, name, standing, epoch, migration_id, peer, digest, mode, adopted FROM holding"
 REPLACE_HOLDING = (
-    "INSERT OR REPLACE INTO holding (vtpm_id, name, standing, epoch, migration_id, peer, digest, mode)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR REPLACE INTO holding (vtpm_id, name, standing, epoch, migration_id, peer, digest, mode, adopted)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -162,8 +162,8 @@ def image_values_of(image: LaunchImage) -> Row:
 
 def known_of(row: Row) -> KnownVtpm:
     """Return what is held in a row of SELECT_HOLDINGS."""
-    vtpm_id, name, right, epoch, migration_id, peer, digest, mode = row
-    holding = Holding(Right(right), epoch, migration_id, peer, digest, Mode(mode))
+    vtpm_id, name, right, epoch, migration_id, peer, digest, mode, adopted = row
+    holding = Holding(Right(right), epoch, migration_id, peer, digest, Mode(mode), adopted)
     return KnownVtpm(VtpmId(UUID(bytes=vtpm_id)), name, holding)
 
 
@@ -179,6 +179,7 @@ def known_values_of(known: KnownVtpm) -> Row:
         holding.peer,
         holding.digest,
         holding.mode.value,
+        holding.adopted,
     )
 
 

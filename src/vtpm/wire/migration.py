@@ -19,7 +19,8 @@ MIGRATION_VERSION = 1
 ID_BYTES = 16
 NONCE_BYTES = 32
 DIGEST_BYTES = 32
-MAX_EPOCH = 2**63 - 1
+MAX_EPOCH = 2**62
+"""Of a vTPM that moves: whatever a peer says, the epochs that follow are numbers that every store keeps."""
 MAX_KEY_BYTES = 2048
 """Bound on a destination's public key with the proof of where it lives."""
 MAX_EVIDENCE_BYTES = 1024 * 1024

@@ -172,7 +172,44 @@ def test_source_is_asked_when_an_inert_destination_waits() -> None:
 def test_inert_vtpm_is_held_without_a_release_when_an_operator_says_that_its_source_is_lost() -> None:
     destination = Destination(Guard())
     inert = Holding(Right.INERT, 8, MIGRATION_ID, "a", bytes(32))
-    assert destination.adopt(inert).holding == Holding(Right.HELD, 8, MIGRATION_ID, "a")
+    assert destination.adopt(inert).holding == Holding(Right.HELD, 8, MIGRATION_ID, "a", adopted=MIGRATION_ID)
     for other in (NOWHERE, Holding(Right.HELD, 8), Holding(Right.MOVED, 8), Holding(Right.FROZEN, 8)):
         with pytest.raises(MigrationError, match="waits for no release"):
             destination.adopt(other)
+
+
+def test_source_that_comes_back_hears_that_its_vtpm_was_adopted_whatever_has_become_of_it_since() -> None:
+    destination, ask = Destination(Guard()), mg.Ask(MIGRATION_ID)
+    adopted = destination.adopt(Holding(Right.INERT, 8, MIGRATION_ID, "a", bytes(32))).holding
+    later = [
+        dataclasses.replace(adopted, right=Right.FROZEN, migration_id=bytes(16), peer="c"),
+        Holding(Right.MOVED, 9, b"", "c", adopted=adopted.adopted),
+        Holding(Right.HELD, 10, adopted=bytes(16) + adopted.adopted),
+        Holding(Right.ABSENT, 10, adopted=adopted.adopted),
+    ]
+    for holding in later:
+        (send,) = destination.receive(holding, None, "a", ask, b"").sends
+        assert send.message == mg.Activated(MIGRATION_ID)
+    (send,) = destination.receive(Holding(Right.HELD, 10, adopted=bytes(16)), None, "a", ask, b"").sends
+    assert isinstance(send.message, mg.Refuse)
+
+
+def test_attempt_that_has_proven_itself_is_not_displaced_by_another_host() -> None:
+    destination = Destination(Guard())
+    step = destination.receive(NOWHERE, PROVEN, "c", PROPOSAL, bytes(48))
+    (send,) = step.sends
+    assert isinstance(send.message, mg.Decline) and "under way" in send.message.reason
+    assert step.session == PROVEN
+    # The one that has begun it may begin anew.
+    anew = dataclasses.replace(PROPOSAL, nonce=bytes(32))
+    (send,) = destination.receive(NOWHERE, PROVEN, PROVEN.peer, anew, bytes(48)).sends
+    assert isinstance(send.message, mg.Offer)
+
+
+def test_arrival_is_discarded_by_an_operators_word_and_its_epoch_stays_known() -> None:
+    destination = Destination(Guard())
+    inert = Holding(Right.INERT, 8, MIGRATION_ID, "a", bytes(32), adopted=bytes(16))
+    assert destination.discard(inert) == Step(Holding(Right.ABSENT, 8, adopted=bytes(16)), None)
+    for other in (NOWHERE, Holding(Right.HELD, 8), Holding(Right.MOVED, 8), Holding(Right.FROZEN, 8)):
+        with pytest.raises(MigrationError, match="no arrival to discard"):
+            destination.discard(other)

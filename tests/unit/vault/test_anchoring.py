@@ -15,8 +15,8 @@ import pytest
 from tests.unit.vault.world import (
     CREATED,
     ENGINE,
-    FROZEN,
     HELD,
+    LEAVING,
     LIMIT_S,
     MOVED,
     Bound,
@@ -343,8 +343,8 @@ def test_saves_are_acknowledged_unanchored_and_anchored_by_the_timer_when_in_int
     [
         lambda store, bound: store.create_vtpm(new_record("web2")),
         lambda store, bound: store.set_wrapped_key(bound.id, b"other", expected=bound.record.wrapped_key),
-        lambda store, bound: store.record_move(bound.id, HELD, FROZEN),
-        lambda store, bound: (store.record_move(bound.id, HELD, FROZEN), store.record_move(bound.id, FROZEN, MOVED)),
+        lambda store, bound: store.record_move(bound.id, HELD, LEAVING),
+        lambda store, bound: (store.record_move(bound.id, HELD, LEAVING), store.record_move(bound.id, LEAVING, MOVED)),
         lambda store, bound: store.bind_instance(bound.id, InstanceId(uuid4()), replaces=bound.instance),
         lambda store, bound: store.load_state(bound.id, bound.instance, ENGINE),
         lambda store, bound: store.unbind_instance(bound.id, bound.instance),
@@ -372,8 +372,8 @@ def test_end_of_a_freeze_is_anchored_at_once_and_words_wait_when_in_interval_mod
     (bound,) = made(committer, "web1")
     steps: list[tuple[Callable[[Store], None], bool]] = [
         (lambda store: store.set_lifecycle(bound.id, "running"), False),
-        (lambda store: store.record_move(bound.id, HELD, FROZEN), True),
-        (lambda store: store.record_move(bound.id, FROZEN, Holding(Right.HELD, 3)), True),
+        (lambda store: store.record_move(bound.id, HELD, LEAVING), True),
+        (lambda store: store.record_move(bound.id, LEAVING, Holding(Right.HELD, 3)), True),
         (lambda store: store.set_lifecycle(bound.id, "starting"), False),
     ]
     for step, anchored in steps:

@@ -18,6 +18,7 @@ from tests.unit.vault.world import (
     FROZEN,
     HELD,
     ID,
+    LEAVING,
     MOVED,
     Bound,
     MemoryKeeper,
@@ -147,7 +148,9 @@ def test_vtpm_comes_back_to_the_host_that_it_moved_from(store: SqliteStore) -> N
 def test_nothing_of_a_frozen_vtpm_is_taken_though_its_instance_stays_bound(store: SqliteStore) -> None:
     bound = manufacture(store)
     store.set_lifecycle(bound.id, "running")
-    store.record_move(bound.id, HELD, FROZEN)
+    with pytest.raises(ConflictError, match="has an instance"):
+        store.record_move(bound.id, HELD, FROZEN)
+    store.record_move(bound.id, HELD, LEAVING)
     before = store.value
     (refused,) = store.commit_saves([bound.save(b"late")])
     assert isinstance(refused, ConflictError)
@@ -224,8 +227,58 @@ def test_epoch_stays_known_when_a_vtpm_that_moved_is_deleted_and_is_never_taken_
         store.create_vtpm(dataclasses.replace(record, lifecycle="stopped"), states)
     again, again_states = arriving(5, record.id)
     store.create_vtpm(dataclasses.replace(again, lifecycle="stopped"), again_states)
-    assert store.list_holdings() == []
     assert store.holding(record.id).holding == Holding(Right.HELD, 5)
+    # Also when that one is deleted in turn.
+    store.delete_vtpm(record.id)
+    assert store.holding(record.id).holding == Holding(Right.ABSENT, 5)
+    store.close()
+
+
+def test_vtpm_is_not_begun_anew_while_the_host_that_it_went_to_waits_for_word(store: SqliteStore) -> None:
+    bound = stopped(store)
+    store.record_move(bound.id, HELD, FROZEN)
+    store.record_move(bound.id, FROZEN, MOVED)
+    record, states = arriving(5, bound.id)
+    record = dataclasses.replace(record, lifecycle="stopped")
+    with pytest.raises(ConflictError, match="has moved to b, which has not said yet"):
+        store.create_vtpm(record, states)
+    store.record_move(bound.id, MOVED, dataclasses.replace(MOVED, migration_id=b""))
+    store.create_vtpm(record, states)
+    store.close()
+
+
+def test_nothing_more_arrives_when_enough_waits_or_is_known(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = stopped(store, "own1")
+    monkeypatch.setattr(sqlite_change, "MAX_INERT_OF_ONE", 1)
+    first, states = arriving(4)
+    store.record_move(first.id, NOWHERE, inert(4), arriving=(first, states))
+    second, more = arriving(4)
+    second = dataclasses.replace(second, name="web2")
+    with pytest.raises(ConflictError, match="1 vTPMs of a wait here"):
+        store.record_move(second.id, NOWHERE, inert(4), arriving=(second, more))
+    other = dataclasses.replace(inert(4), peer="c")
+    monkeypatch.setattr(sqlite_change, "MAX_ARRIVED", 1)
+    with pytest.raises(ConflictError, match="takes none in any more"):
+        store.record_move(second.id, NOWHERE, other, arriving=(second, more))
+    # What is this host's own leaves all the same.
+    store.record_move(own.id, HELD, FROZEN)
+    store.close()
+
+
+def test_what_was_adopted_is_never_forgotten(store: SqliteStore) -> None:
+    record, states = arriving(4)
+    store.record_move(record.id, NOWHERE, inert(4), arriving=(record, states))
+    adopted = dataclasses.replace(inert(4), right=Right.HELD, digest=b"", adopted=ID)
+    store.record_move(record.id, inert(4), adopted)
+    for forgetful in (b"", bytes(16)):
+        with pytest.raises(ConflictError, match="never forgotten"):
+            store.record_move(record.id, adopted, Holding(Right.FROZEN, 4, ID, "b", DIGEST, adopted=forgetful))
+    with pytest.raises(UsageError, match="adopted more than"):
+        store.record_move(record.id, adopted, Holding(Right.FROZEN, 4, ID, "b", DIGEST, adopted=ID * 17))
+    store.delete_vtpm(record.id)
+    assert store.holding(record.id).holding == Holding(Right.ABSENT, 4, adopted=ID)
     store.close()
 
 

@@ -95,7 +95,7 @@ def independent_tree(vector: Vector) -> bytes:
     if known := sorted(rows_of(vector, "holding"), key=lambda row: row["vtpm_id"]):
         entry = fields(b"vtpm holdings v1", len(known))
         for row in known:
-            names = "vtpm_id name standing epoch migration_id peer digest mode"
+            names = "vtpm_id name standing epoch migration_id peer digest mode adopted"
             entry += fields(*(row[name] for name in names.split()))
         level[2**20 - 2] = sha256(b"\0", entry)
     empty = bytes(32)

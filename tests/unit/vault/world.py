@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -31,6 +32,8 @@ CREATED = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 ID, DIGEST = b"m" * 16, b"d" * 32
 HELD = Holding(Right.HELD, 1)
 FROZEN = Holding(Right.FROZEN, 1, ID, "b", DIGEST, Mode.STOPPED)
+LEAVING = dataclasses.replace(FROZEN, mode=Mode.DRIVEN)
+"""Of one whose instance is bound."""
 MOVED = Holding(Right.MOVED, 2, ID, "b")
 
 
