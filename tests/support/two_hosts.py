@@ -89,7 +89,8 @@ def enrol(host: Host, name: str, authority: Path, folder: Path) -> None:
     """Have an authority certify a host's attestation key, by the words that an operator would use."""
     request, sealed = folder / f"{name}.request", folder / f"{name}.sealed"
     asked = json.loads(host.cli("platform", "enroll", "--name", name, "--out", str(request), "--json").stdout)
-    host.cli("authority", "certify", str(authority), str(request), "--out", str(sealed), "--ek", asked["ek"])
+    words = ("--name", name, "--out", str(sealed), "--ek", asked["ek"])
+    host.cli("authority", "certify", str(authority), str(request), *words)
     host.cli("platform", "enroll", "--certificate", str(sealed))
 
 

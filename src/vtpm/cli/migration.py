@@ -6,7 +6,7 @@ import click
 
 from vtpm.cli.output import Output, print_json, print_line, print_table, progress
 from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
-from vtpm.errors import UsageError
+from vtpm.errors import NotFoundError, UsageError
 from vtpm.wire.api import DomainName
 from vtpm.wire.api_migrations import Migration
 
@@ -29,18 +29,34 @@ _WHAT = {
 )
 @click.option("--status", is_flag=True, help="Show what has moved or is on its way: of NAME, or all.")
 @click.option("--abort", is_flag=True, help="Take back what is frozen on its way; never what has moved.")
+@click.option("--discard", is_flag=True, help="Destroy what is inert here: it is its source's, or nobody's.")
+@yes_option
 @json_option
 @pass_session
-def migrate(session: Session, name: str | None, to: str | None, domain: str | None, status: bool, abort: bool) -> None:
+def migrate(
+    session: Session,
+    name: str | None,
+    to: str | None,
+    domain: str | None,
+    status: bool,
+    abort: bool,
+    discard: bool,
+    yes: bool,
+) -> None:
     """Move the stopped vTPM NAME to another host, which has to prove first what it is.
 
     At most one of the two hosts can ever run it. Once it has moved it cannot be taken back; it moves back.
     """
-    if [to is not None, status, abort].count(True) != 1:
-        raise UsageError("a migration needs one of --to, --status and --abort", next_step="See vtpm migrate --help")
+    if [to is not None, status, abort, discard].count(True) != 1 or (domain is not None and to is None):
+        raise UsageError(
+            "a migration needs one of --to, --status, --abort and --discard; --domain goes with --to",
+            next_step="See vtpm migrate --help",
+        )
     with session.connect() as manager:
         if status:
             found = [one for one in manager.migrations() if name in (None, one.name)]
+            if name is not None and not found:
+                raise NotFoundError(f"no vTPM {name} has moved, or is on its way")
             if session.output is Output.JSON:
                 print_json(found)
             else:
@@ -48,7 +64,11 @@ def migrate(session: Session, name: str | None, to: str | None, domain: str | No
             return
         if name is None:
             raise UsageError("which vTPM? give its name")
-        if to is None:
+        if discard:
+            if not yes:
+                confirm(f"Destroy {name}, which waits here for its source's word?", refusal=f"{name} stays inert")
+            done = manager.discard_arrival(name)
+        elif to is None:
             done = manager.abort_migration(name)
         else:
             with progress(

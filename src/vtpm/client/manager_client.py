@@ -242,6 +242,11 @@ class ManagerClient:
         answer = self._request("POST", f"{_path_of(name)}/migrate/abort", read_s=max(self.timeout_s, 60.0))
         return decode(Migration, answer, "the migration")
 
+    def discard_arrival(self, name: str) -> Migration:
+        """Destroy an inert vTPM, which is then its source's alone. Raises ConflictError: it is not inert."""
+        answer = self._request("POST", f"{_path_of(name)}/migrate/discard")
+        return decode(Migration, answer, "the migration")
+
     def adopt(self, name: str, *, source_is_lost: bool) -> Migration:
         """Take an inert vTPM for this host's own. Raises ConflictError: it is not inert."""
         answer = self._request("POST", f"{_path_of(name)}/adopt", AdoptVtpm(source_is_lost))

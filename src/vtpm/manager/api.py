@@ -195,6 +195,10 @@ def make_app(
             )
         return await migrations.adopt(name, who)
 
+    @app.post("/v1/vtpms/{name:path}/migrate/discard", dependencies=vault)
+    async def discard(name: str, who: By) -> Migration:
+        return await migrations.discard(name, who)
+
     @app.get("/v1/migrations", dependencies=vault)
     async def moves(who: By) -> list[Migration]:
         return list(await migrations.list(who))

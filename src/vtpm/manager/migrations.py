@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -39,14 +40,16 @@ from vtpm.wire.migration import (
     encode_message,
 )
 
+LINES_AT_ONCE = 50
+"""Of the log about what one peer was refused."""
 MESSAGES_AT_ONCE = 200
 MESSAGES_PER_S = 20.0
 """Of one peer: each asks the store, on whose thread guests' saves wait."""
 PROPOSALS_AT_ONCE = 20
 PROPOSALS_PER_S = 1.0
 """Of one peer: each takes the platform TPM the time of a quote, and saves of all vTPMs need that TPM too."""
-FOLLOW_UP_S = 120.0
-"""How long one peer is asked about what is not decided before all peers are asked again."""
+FOLLOW_UP_S = 150.0
+"""How long a peer may take about one vTPM that is not decided."""
 MAX_EXCHANGES = 16
 """Of one conversation: no attempt has as many messages."""
 MAX_TROUBLES = 1024
@@ -86,6 +89,7 @@ class _Bounds:
     def __init__(self) -> None:
         self.messages = Allowance(MESSAGES_AT_ONCE, MESSAGES_PER_S)
         self.proposals = Allowance(PROPOSALS_AT_ONCE, PROPOSALS_PER_S)
+        self.lines = Allowance(LINES_AT_ONCE)
 
 
 class _Turn:
@@ -125,6 +129,7 @@ class MigrationService:
         self._phases: dict[VtpmId, Phase] = {}
         self._troubles: dict[VtpmId, str] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._followed: dict[str, asyncio.Task[None]] = {}
         self._undecided = asyncio.Event()
         # What an earlier manager left is looked at first.
         self._undecided.set()
@@ -184,6 +189,10 @@ class MigrationService:
         caller.require_admin("abort migrations")
         known = await self._find(name)
         if known.holding.right is Right.HELD:
+            if known.vtpm_id in self._phases:
+                raise ConflictError(
+                    f"vTPM {name} is being offered to a peer, and has not left", next_step="Wait until that has ended"
+                )
             raise ConflictError(f"vTPM {name} is not on its way to another host")
         peer = known.holding.peer
         sends = await self._run(known.vtpm_id, self._mover.abort, known.vtpm_id, caller.uid)
@@ -201,6 +210,15 @@ class MigrationService:
         caller.require_admin("adopt vTPMs")
         known = await self._find(name)
         await self._run(known.vtpm_id, self._mover.adopt, known.vtpm_id, caller.uid)
+        self._settled(known.vtpm_id)
+        await self._vtpms.audit.came()
+        return self._describe(await self._known(known.vtpm_id))
+
+    async def discard(self, name: str, caller: Caller) -> Migration:
+        """Destroy an inert vTPM, by the operator's word that it is, or is to be, its source's alone."""
+        caller.require_admin("discard vTPMs")
+        known = await self._find(name)
+        await self._run(known.vtpm_id, self._mover.discard, known.vtpm_id, caller.uid)
         self._settled(known.vtpm_id)
         await self._vtpms.audit.came()
         return self._describe(await self._known(known.vtpm_id))
@@ -225,7 +243,8 @@ class MigrationService:
         try:
             sends = await self._run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
         except VtpmError as error:
-            _log.warning("vTPM %s: refused of %s: %s", vtpm_id, peer, error.message)
+            if bounds.lines.take():
+                _log.warning("vTPM %s: refused of %s: %s", vtpm_id, peer, error.message)
             if isinstance(error, _FOR_PEERS):
                 raise
             raise UnavailableError("it cannot do that now", next_step="See the log of its vtpm-managerd") from error
@@ -236,38 +255,52 @@ class MigrationService:
     # -- what happens by itself --------------------------------------------------------------------------------------
     async def follow(self) -> None:
         """Ask again about what is not decided, for as long as this host runs. Ends when cancelled."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._undecided.wait(), self._remind_s)
-            self._undecided.clear()
-            if not self._vtpms.door.is_open:
-                continue
-            try:
-                known = await self._vtpms.door.run(lambda store: store.list_holdings())
-            except VtpmError as error:
-                _log.warning("migrations are not followed up: %s", error)
-                continue
-            undecided: dict[str, list[KnownVtpm]] = {}
-            for one in known:
-                if not _is_over(one) and one.vtpm_id not in self._phases:
-                    undecided.setdefault(one.holding.peer, []).append(one)
+        try:
+            while True:
+                await self._look_for_undecided()
+        finally:
+            for task in list(self._followed.values()):
+                task.cancel()
+
+    async def _look_for_undecided(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._undecided.wait(), self._remind_s)
+        self._undecided.clear()
+        if not self._vtpms.door.is_open:
+            return
+        try:
+            known = await self._vtpms.door.run(lambda store: store.list_holdings())
+        except VtpmError as error:
+            _log.warning("migrations are not followed up: %s", error)
+            return
+        undecided: dict[str, list[KnownVtpm]] = {}
+        for one in known:
+            if not _is_over(one) and one.vtpm_id not in self._phases:
+                undecided.setdefault(one.holding.peer, []).append(one)
+        for peer in undecided.keys() - self._followed.keys():
             # A peer that takes its time, or is gone, keeps nobody else's waiting.
-            asked = (self._follow_up_all(theirs) for theirs in undecided.values())
-            for failed in await asyncio.gather(*asked, return_exceptions=True):
-                if isinstance(failed, Exception):
-                    _log.error("moves were not followed up: %s", failed, exc_info=failed)
+            task = asyncio.get_running_loop().create_task(self._follow_up_all(undecided[peer]))
+            self._followed[peer] = task
+            task.add_done_callback(partial(self._followed_up, peer))
+
+    def _followed_up(self, peer: str, task: asyncio.Task[None]) -> None:
+        del self._followed[peer]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("moves with %s were not followed up: %s", peer, error, exc_info=error)
 
     async def _follow_up_all(self, known: Sequence[KnownVtpm]) -> None:
-        deadline = asyncio.get_running_loop().time() + FOLLOW_UP_S
         for one in known:
-            if asyncio.get_running_loop().time() < deadline:
-                await self._follow_up(one)
+            await self._follow_up(one)
 
     async def _follow_up(self, known: KnownVtpm) -> None:
         try:
             party = await self._parties.find(known.holding.peer)
             sends = await self._run(known.vtpm_id, self._mover.remind, known.vtpm_id)
-            await self._converse(known.vtpm_id, party, sends)
+            try:
+                async with asyncio.timeout(FOLLOW_UP_S):
+                    await self._converse(known.vtpm_id, party, sends)
+            except TimeoutError:
+                raise UnavailableError(f"{party.name} takes more than {FOLLOW_UP_S:g} s") from None
         except VtpmError as error:
             if self._troubles.get(known.vtpm_id) != error.message:
                 _log.warning("%s: its move is not decided: %s", known.name, error)

@@ -165,8 +165,14 @@ class ManagerService:
         for record in records.values():
             if record.id in self.running:
                 continue
-            self._states[record.id] = LifeState(record.lifecycle)
-            await self._settle_record(record, why.get(record.id) or "no instance was found when the manager started")
+            try:
+                # As it is by now: a peer's word may have moved it while the launcher was asked.
+                current = await self._store(lambda store, record=record: store.get_vtpm(record.id))  # type: ignore[misc]
+            except NotFoundError:
+                continue
+            if LifeState(current.lifecycle) not in _MOVABLE:
+                self._states[record.id] = LifeState(current.lifecycle)
+            await self._settle_record(current, why.get(record.id) or "no instance was found when the manager started")
 
     async def _take_up_or_end(self, vtpm_id: VtpmId, record: VtpmRecord | None) -> str:
         """Take an instance up, or end it and say why."""

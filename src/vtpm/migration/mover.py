@@ -140,6 +140,12 @@ class Mover:
         _, destination = self._destination(vtpm_id)
         self._arrive(vtpm_id, destination, holding, destination.adopt(holding), actor_uid, adopted=True)
 
+    def discard(self, vtpm_id: VtpmId, actor_uid: int | None) -> None:
+        """Destroy what is inert here. Raises MigrationError: it is not inert."""
+        holding = self.holding(vtpm_id)
+        _, destination = self._destination(vtpm_id)
+        self._arrive(vtpm_id, destination, holding, destination.discard(holding), actor_uid)
+
     def remind(self, vtpm_id: VtpmId, *, wanted: bool = False) -> Sequence[Send]:
         """Return what is to be said again of an attempt that is not over."""
         holding = self.holding(vtpm_id)

@@ -13,6 +13,7 @@ the kernel says of the connection (SO_PEERCRED). Errors are an ApiError with the
     POST   /v1/vtpms/{name}/export       ExportVtpm -> ExportedVtpm
     POST   /v1/vtpms/{name}/migrate      MigrateVtpm -> Migration; returns once it is there, or is not to be
     POST   /v1/vtpms/{name}/migrate/abort  Migration
+    POST   /v1/vtpms/{name}/migrate/discard  Migration
     POST   /v1/vtpms/{name}/adopt        AdoptVtpm -> Migration
     GET    /v1/migrations                list of Migration: what has moved, or is moving
     GET    /v1/certificate               HostCertificate

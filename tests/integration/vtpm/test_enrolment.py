@@ -43,7 +43,17 @@ def request(host: Host, folder: Path, name: str) -> dict[str, str]:
 
 def certify(host: Host, folder: Path, name: str, *how: str) -> Path:
     sealed = folder / f"{name}.sealed"
-    host.cli("authority", "certify", str(folder / "ca"), str(folder / f"{name}.request"), "--out", str(sealed), *how)
+    host.cli(
+        "authority",
+        "certify",
+        str(folder / "ca"),
+        str(folder / f"{name}.request"),
+        "--name",
+        name,
+        "--out",
+        str(sealed),
+        *how,
+    )
     return sealed
 
 

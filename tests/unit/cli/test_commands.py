@@ -361,7 +361,7 @@ def test_the_error_says_what_to_set_when_a_user_has_no_runtime_directory(
         (["create", "x", "--tpm-version", "3"], "'3' is not one of '1.2', '2.0'", "See vtpm create --help"),
         (["create", "x", "--vm-uuid", "y"], "'y' is not a valid UUID", "See vtpm create --help"),
         (["start", "x", "--startup", "none"], "'none' is not one of", "See vtpm start --help"),
-        (["migrate", "x"], "needs one of --to, --status and --abort", "See vtpm migrate --help"),
+        (["migrate", "x"], "needs one of --to, --status, --abort", "See vtpm migrate --help"),
         (["migrate", "x", "--to", "b", "--abort"], "needs one of", "See vtpm migrate --help"),
         (["migrate", "--to", "b"], "which vTPM? give its name", ""),
         (["adopt", "x"], "Missing option '--source-is-lost'", "See vtpm adopt --help"),

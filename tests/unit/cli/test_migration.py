@@ -41,3 +41,18 @@ def test_vtpm_is_adopted_by_two_words_of_the_operator(cli: Cli, manager: CannedM
     ended = cli("adopt", "web1", "--source-is-lost", "--yes")
     assert (ended.status, ended.out) == (0, "web1 is here, epoch 2\n")
     assert manager.asked[0].body == {"source_is_lost": True}
+
+
+def test_arrival_is_discarded_once_the_operator_has_said_so(cli: Cli, manager: CannedManager) -> None:
+    refused = on_terminal("migrate", "web1", "--discard", typed="n\n")
+    assert "web1 stays inert" in refused.out
+    assert manager.asked == []
+    ended = cli("migrate", "web1", "--discard", "--yes")
+    assert (ended.status, ended.out) == (0, "web1 is not here, epoch 2\n")
+    assert manager.methods() == ["POST /v1/vtpms/web1/migrate/discard"]
+
+
+def test_status_of_a_vtpm_that_never_moved_is_an_error(cli: Cli) -> None:
+    ended = cli("migrate", "web7", "--status")
+    assert (ended.status, ended.out) == (3, "")
+    assert "no vTPM web7 has moved" in ended.err

@@ -259,6 +259,8 @@ class CannedManager:
                 return 200, replace(MOVED, name=self._find(name).name, peer=body["to"])
             case ["POST", "vtpms", name, "migrate", "abort"]:
                 return 200, replace(MOVED, name=self._find(name).name, right="held", epoch=3)
+            case ["POST", "vtpms", name, "migrate", "discard"]:
+                return 200, replace(MOVED, name=self._find(name).name, right="absent")
             case ["POST", "vtpms", name, "adopt"]:
                 return 200, replace(MOVED, name=self._find(name).name, right="held")
             case ["POST", "import"]:

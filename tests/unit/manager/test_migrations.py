@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -28,7 +29,9 @@ from vtpm.manager.migrations import MESSAGES_AT_ONCE, PROPOSALS_AT_ONCE, Migrati
 from vtpm.manager.service import ManagerService
 from vtpm.migration.mover import NO_VM
 from vtpm.tpm.types import VtpmId
+from vtpm.vault.holding import Holding, KnownVtpm, Right
 from vtpm.vault.records import VtpmRecord
+from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
 from vtpm.wire.api import LifeState
 from vtpm.wire.api_migrations import MigrateVtpm, Migration, Phase
@@ -368,3 +371,43 @@ def test_peer_hears_nothing_of_what_is_wrong_with_this_host_itself(link: Link, m
         run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
     assert "policy" not in str(refused.value)
     assert link.hosts["a"].usable(record.id)
+
+
+def test_peer_that_hangs_keeps_nobody_elses_moves_waiting(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, asked = link.services["a"], list[str]()
+
+    async def find(name: str) -> Party:
+        asked.append(name)
+        if name == "slow":
+            await asyncio.Event().wait()
+        raise UnavailableError(f"{name} is away")
+
+    waiting = [
+        KnownVtpm(new_record().id, f"web{number}", Holding(Right.INERT, 2, bytes(16), peer, bytes(32)))
+        for number, peer in enumerate(("slow", "slow", "other"))
+    ]
+    monkeypatch.setattr(service, "_parties", SimpleNamespace(find=find))
+    monkeypatch.setattr(SqliteStore, "list_holdings", lambda _: waiting)
+
+    async def followed() -> None:
+        task = asyncio.create_task(service.follow())
+        while asked.count("other") < 3:
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run(followed())
+    assert asked.count("slow") == 1
+
+
+def test_arrival_is_discarded_by_an_administrator_alone(link: Link) -> None:
+    record = link.hosts["a"].manufactured()
+    link.behind[3] = link.before[4] = UnavailableError("the link is cut")
+    with pytest.raises(UnavailableError):
+        run(link.services["a"].migrate("web1", MigrateVtpm("b"), ROOT))
+    with pytest.raises(AccessDeniedError):
+        run(link.services["b"].discard("web1", Caller(1000, 1000, is_admin=False)))
+    discarded = run(link.services["b"].discard("web1", ROOT))
+    assert (discarded.right, discarded.phase) == ("absent", Phase.OVER)
+    run(link.until_over())
+    assert link.usable(record.id) == [True, False]

@@ -10,12 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
+from uuid import uuid4
 
 import pytest
 
 from tests.unit.manager.test_replaced import DEAD, RECORD, _storage
+from tests.unit.vault.world import FROZEN, HELD, MOVED
 from vtpm.errors import UnavailableError
 from vtpm.manager.service import ManagerService
+from vtpm.tpm.types import VtpmId
+from vtpm.vault.holding import Holding
 from vtpm.vault.launch_policy import ImageState, LaunchImage, NewImages
 from vtpm.wire.api import LifeState, MeasuredServices
 from vtpm.wire.launcher import Instances, NoArgs, VtpmArgs
@@ -104,3 +108,33 @@ def test_state_is_looked_for_in_the_store_again_only_where_a_move_may_have_chang
     service.look_again(RECORD.id)
     kept = state not in (LifeState.STOPPED, LifeState.FROZEN, LifeState.INERT)
     assert (RECORD.id in service._states) is kept
+
+
+@pytest.mark.parametrize("after", [FROZEN, MOVED], ids=["frozen", "moved"])
+def test_what_moved_while_the_launcher_was_asked_is_as_it_is_by_now_and_the_others_are_settled(
+    tmp_path: Path, after: Holding
+) -> None:
+    other = replace(RECORD, id=VtpmId(uuid4()), name="zz", lifecycle="running")
+
+    async def run() -> None:
+        service = ManagerService(tmp_path, tmp_path, Mock(), MeasuredServices(), NewImages.REFUSE)
+
+        async def call(op: str, args: object, timeout_s: float = 10.0) -> tuple[Any, tuple[int, ...]]:
+            assert op == "list"
+            await service._store(lambda store: store.record_move(RECORD.id, HELD, FROZEN))
+            if after is MOVED:
+                await service._store(lambda store: store.record_move(RECORD.id, FROZEN, MOVED))
+            return Instances(()), ()
+
+        service.launcher = Mock(call=call)
+        service.door._storage = _storage(tmp_path / "vault")
+        try:
+            for record in (replace(RECORD, lifecycle="stopped"), other):
+                await service._store(lambda store, record=record: store.create_vtpm(record))  # type: ignore[misc]
+            await service._reconcile()
+            assert RECORD.id not in service._states
+            assert service._states[other.id] is LifeState.STOPPED
+        finally:
+            await service.door.close()
+
+    asyncio.run(run())

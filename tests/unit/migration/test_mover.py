@@ -15,9 +15,11 @@ import pytest
 from tests.unit.vault.world import ENGINE, MAC_KEY, MemoryKeeper, new_record
 from vtpm.errors import AttestationError, ConflictError, StateError, StoreError, UsageError, VtpmError
 from vtpm.migration.certificates import CertifiedPlatform, PlatformKind
+from vtpm.migration.guards import channel_digest, offer_extra
 from vtpm.migration.mover import MAX_INCOMING, NO_VM, Channel, Mover
 from vtpm.migration.payload import Payload
 from vtpm.migration.steps import MigrationError, Send
+from vtpm.migration.transcript import proposal_digest
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.contents import Contents, begin, open_all
@@ -406,3 +408,42 @@ def test_nothing_is_sent_when_the_store_fails(pair: Pair, monkeypatch: pytest.Mo
         a.mover.freeze(record, 0)
     monkeypatch.undo()
     assert a.usable(record.id)
+
+
+def test_source_that_was_thought_lost_lets_go_though_its_vtpm_has_gone_on_from_where_it_was_adopted(
+    pair: Pair,
+) -> None:
+    a, b = pair.hosts.values()
+    record = a.manufactured()
+    pair.prove(a, record)
+    (state,) = a.mover.freeze(record, 0)
+    b.mover.receive(record.id, "a", state.message, b.channel)
+    b.mover.adopt(record.id, 7)
+    # It is to go on to another host, and the attempt is aborted: nothing of the first one is in the holding any more.
+    sends = b.mover.propose(b.record(record.id), "c", wire.Mode.STOPPED, b.channel)
+    (propose,) = (send.message for send in sends)
+    assert isinstance(propose, wire.Propose)
+    key = b"\x01" + bytes(range(32))
+    extra = offer_extra(channel_digest(b.channel.own, b.channel.peer), propose, bytes(16), bytes(32), key)
+    offer = wire.Offer(bytes(16), proposal_digest(propose), bytes(32), key, b"c quotes " + extra)
+    b.mover.receive(record.id, "c", offer, b.channel)
+    b.mover.freeze(b.record(record.id), 0)
+    b.mover.abort(record.id, 0)
+    assert b.mover.holding(record.id).epoch == 4
+    a.restart()
+    pair.say(a, record.id, a.mover.remind(record.id))
+    assert a.mover.holding(record.id) == Holding(Right.MOVED, 2, b"", "b")
+    assert [host.usable(record.id) for host in (a, b)] == [False, True]
+
+
+def test_arrival_is_destroyed_when_an_operator_discards_it_and_its_source_takes_it_back(pair: Pair) -> None:
+    a, b = pair.hosts.values()
+    record = a.manufactured()
+    pair.prove(a, record)
+    (state,) = a.mover.freeze(record, 0)
+    b.mover.receive(record.id, "a", state.message, b.channel)
+    b.mover.discard(record.id, 7)
+    assert b.store(lambda store: store.list_vtpms()) == []
+    pair.settle(record.id)
+    assert a.usable(record.id)
+    assert a.record(record.id).epoch == 3
