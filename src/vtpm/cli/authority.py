@@ -84,6 +84,7 @@ def new(session: Session, folder: Path, name: str, passphrase_file: Path | None)
 @click.argument("folder", type=_PATH, metavar="DIR")
 @click.argument("request", type=_PATH)
 @click.option("--out", type=_PATH, required=True, metavar="FILE", help="A new file for the sealed certificate.")
+@click.option("--name", required=True, help="The platform's name: what you know that host by, not what it says.")
 @click.option("--ek-roots", type=_PATH, metavar="DIR", help="Folder of TPM manufacturers' certificates, in PEM.")
 @click.option("--ek", metavar="SHA256", help="The endorsement key, as `vtpm platform enroll` printed it on that host.")
 @click.option("--embedded", is_flag=True, help="Certify it as a platform without a hardware TPM.")
@@ -95,6 +96,7 @@ def certify(
     folder: Path,
     request: Path,
     out: Path,
+    name: str,
     ek_roots: Path | None,
     ek: str | None,
     embedded: bool,
@@ -123,6 +125,11 @@ def certify(
             next_step="See vtpm authority certify --help",
         )
     asked = decode_request(read_bytes("request", request, MAX_FILE_BYTES))
+    if asked.name != name:
+        raise UsageError(
+            f"{request} asks for the name {asked.name!r}, not for {name!r}: nothing was certified",
+            next_step="Peers believe that a platform is the host of its name: certify only what that host has made",
+        )
     now = datetime.now(UTC)
     kind = _kind(asked, ek_roots, ek, now)
     certificate, key = _open(folder, _passphrase(passphrase_file))

@@ -34,7 +34,9 @@ def folder(tmp_path: Path, manager: CannedManager) -> Path:
 def certify(cli: Cli, folder: Path, *how: str, status: int = 0) -> str:
     out = folder / "sealed"
     out.unlink(missing_ok=True)
-    ended = cli("authority", "certify", str(folder / "ca"), str(folder / "request"), "--out", str(out), *how)
+    ended = cli(
+        "authority", "certify", str(folder / "ca"), str(folder / "request"), "--name", "host-b", "--out", str(out), *how
+    )
     assert ended.status == status, ended.err
     assert out.exists() is (status == 0)
     return ended.err if status else ended.out
@@ -117,3 +119,13 @@ def test_nothing_is_certified_when_the_request_is_none(cli: Cli, folder: Path) -
     cli("authority", "new", str(folder / "ca"), "--name", "test")
     (folder / "request").write_bytes(b"{}")
     assert "no vtpm platform enrolment request" in certify(cli, folder, "--ek", EK, status=2)
+
+
+def test_nothing_is_certified_under_another_name_than_the_operator_knows_the_host_by(cli: Cli, folder: Path) -> None:
+    cli("authority", "new", str(folder / "ca"), "--name", "test")
+    out = folder / "sealed"
+    words = ("certify", str(folder / "ca"), str(folder / "request"), "--name", "host-a", "--out", str(out), "--ek", EK)
+    ended = cli("authority", *words)
+    assert ended.status == 2
+    assert "asks for the name 'host-b', not for 'host-a': nothing was certified" in ended.err
+    assert not out.exists()
