@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.security.stored_host import EACH_COMMIT, LIMIT_S, Host
-from tests.unit.vault.world import CREATED, ENGINE, FROZEN, HELD, KEY, MAC_KEY, MOVED
+from tests.unit.vault.world import CREATED, ENGINE, HELD, KEY, LEAVING, MAC_KEY, MOVED
 from vtpm.errors import StateError, StoreError
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, VtpmId
@@ -119,8 +119,8 @@ def test_store_is_refused_when_put_back_to_before_a_vtpm_was_moved(stopped: Host
     old = stopped.copy()
     stopped.start(policy)
     record = stopped.run(lambda store: store.find_vtpm("web2"))
-    stopped.run(lambda store: store.record_move(record.id, HELD, FROZEN))
-    stopped.run(lambda store: store.record_move(record.id, FROZEN, MOVED))
+    stopped.run(lambda store: store.record_move(record.id, HELD, LEAVING))
+    stopped.run(lambda store: store.record_move(record.id, LEAVING, MOVED))
     stopped.crash()
     stopped.put_back(old)
     stopped.refused("older than the anchor", policy)

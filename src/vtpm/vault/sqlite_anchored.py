@@ -29,7 +29,7 @@ from vtpm.vault.root_record import (
     edited,
     missing,
 )
-from vtpm.vault.sqlite_change import Change, Stored, all_holdings, all_images, verified
+from vtpm.vault.sqlite_change import Change, HoldingsCache, Stored, all_holdings, all_images, verified
 from vtpm.vault.sqlite_file import DATABASE_NAME, damaged, lock_directory, open_database, translated_errors
 from vtpm.vault.sqlite_rows import (
     SELECT_EVENTS_HEAD,
@@ -50,6 +50,7 @@ class AnchoredDatabase:
 
     def __init__(self, directory: Path, mac_key: Secret) -> None:
         self.path = directory / DATABASE_NAME
+        self.holdings = HoldingsCache()
         self.transactions = 0
         self.prompt_version = 0
         self._directory = directory
@@ -155,7 +156,7 @@ class AnchoredDatabase:
             self.transactions += 1
             db.execute("BEGIN IMMEDIATE")
             try:
-                change = Change(db, self.ledger, str(self.path), prompt)
+                change = Change(db, self.ledger, self.holdings, str(self.path), prompt)
                 yield change
                 if event is not None:
                     change.append_event(event)
@@ -172,6 +173,8 @@ class AnchoredDatabase:
                 raise
             if draft is not None:
                 self._adopt(draft)
+                if change.holdings_after is not None:
+                    self.holdings.adopt(change.holdings_after, self.ledger)
             self._draft = None
 
     def _adopt(self, draft: Draft) -> None:

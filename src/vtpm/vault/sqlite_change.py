@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vtpm.errors import ConflictError, NotFoundError
@@ -65,16 +65,45 @@ class Stored:
         return leaf_hash(entry_of(self.record, self.states, self.mark))
 
 
+class HoldingsCache:
+    """All holdings as they were verified last: a peer's every message asks for one, and all would be hashed for it."""
+
+    def __init__(self) -> None:
+        self._leaf: bytes | None = None
+        self._known: Mapping[VtpmId, KnownVtpm] = {}
+
+    def verified(self, db: sqlite3.Connection, ledger: Ledger, name: str) -> Mapping[VtpmId, KnownVtpm]:
+        """Return them as the ledger stands for them. Raises StateError: their rows are not those that were written."""
+        leaf = ledger.leaf(HOLDINGS_SLOT)
+        if self._leaf != leaf:
+            known = {one.vtpm_id: one for one in all_holdings(db)}
+            if _leaf_of(known) != leaf:
+                raise edited(name, "its holdings are not those that were written")
+            self._leaf, self._known = leaf, known
+        return self._known
+
+    def adopt(self, known: Mapping[VtpmId, KnownVtpm], ledger: Ledger) -> None:
+        """Take over what is durable now, and in the ledger."""
+        self._leaf, self._known = ledger.leaf(HOLDINGS_SLOT), known
+
+
+def _leaf_of(known: Mapping[VtpmId, KnownVtpm]) -> bytes:
+    return holdings_leaf([known[vtpm_id] for vtpm_id in sorted(known, key=lambda one: one.bytes)])
+
+
 class Change:
     """One transaction under way: what it has touched, and what it has to say to the audit log.
 
     Args:
         db: inside a transaction.
         ledger: as it stands before this transaction.
+        holdings: as they were verified last.
         prompt: see AnchoredDatabase.changing; may be set while the transaction lasts.
     """
 
-    def __init__(self, db: sqlite3.Connection, ledger: Ledger, name: str, prompt: bool) -> None:
+    def __init__(
+        self, db: sqlite3.Connection, ledger: Ledger, holdings: HoldingsCache, name: str, prompt: bool
+    ) -> None:
         self.db = db
         self.prompt = prompt
         self._ledger = ledger
@@ -82,7 +111,9 @@ class Change:
         self._slots: dict[VtpmId, int] = {}
         self._written: dict[VtpmId, Stored] = {}
         self._images: Sequence[LaunchImage] | None = None
-        self._holdings_changed = False
+        self.holdings_after: Mapping[VtpmId, KnownVtpm] | None = None
+        """All holdings as this transaction makes them; None: it changes none."""
+        self._holdings = holdings
         self._events, self._events_head = ledger.record.events, ledger.record.events_head
 
     def vtpm(self, vtpm_id: VtpmId) -> VtpmRecord:
@@ -139,9 +170,12 @@ class Change:
 
     def holding(self, vtpm_id: VtpmId) -> KnownVtpm | None:
         """Return what is held of a vTPM that has ever moved. Raises StateError: its rows are not those written."""
-        # Held against the tree once: what this transaction writes itself need not be.
-        known = all_holdings(self.db) if self._holdings_changed else find_holdings(self.db, self._ledger, self._name)
-        return next((one for one in known if one.vtpm_id == vtpm_id), None)
+        return self._known().get(vtpm_id)
+
+    def _known(self) -> Mapping[VtpmId, KnownVtpm]:
+        if self.holdings_after is not None:
+            return self.holdings_after
+        return self._holdings.verified(self.db, self._ledger, self._name)
 
     def put_holding(self, known: KnownVtpm) -> None:
         """Record what is held of a vTPM.
@@ -150,19 +184,20 @@ class Change:
             ConflictError: there are MAX_HOLDINGS.
             StateError: see `holding`.
         """
-        if self.holding(known.vtpm_id) is None:
+        after = dict(self._known())
+        if known.vtpm_id not in after:
             if not has_table(self.db, "holding"):
                 self._upgrade()
-            (count,) = self.db.execute("SELECT COUNT(*) FROM holding").fetchone()
-            if count >= MAX_HOLDINGS:
-                raise ConflictError(f"this host knows {count} vTPMs that have moved, and keeps no more")
-        self._holdings_changed = True
+            if len(after) >= MAX_HOLDINGS:
+                raise ConflictError(f"this host knows {len(after)} vTPMs that have moved, and keeps no more")
+        after[known.vtpm_id] = known
+        self.holdings_after = after
         self.db.execute(REPLACE_HOLDING, known_values_of(known))
 
     def check_room(self, peer: str) -> None:
         """Raise ConflictError when nothing more may arrive from a peer: what waits here, or is known, is enough."""
-        known = all_holdings(self.db) if self._holdings_changed else find_holdings(self.db, self._ledger, self._name)
-        waiting = sum(one.holding.right is Right.INERT and one.holding.peer == peer for one in known)
+        known = self._known()
+        waiting = sum(one.holding.right is Right.INERT and one.holding.peer == peer for one in known.values())
         if waiting >= MAX_INERT_OF_ONE:
             raise ConflictError(f"{waiting} vTPMs of {peer} wait here for its word, and no more may")
         if len(known) >= MAX_ARRIVED:
@@ -198,8 +233,9 @@ class Change:
                 leaves[slot] = leaf
         if self._images is not None and policy_leaf(self._images) != self._ledger.leaf(POLICY_SLOT):
             leaves[POLICY_SLOT] = policy_leaf(self._images)
-        if self._holdings_changed:
-            leaves[HOLDINGS_SLOT] = holdings_leaf(all_holdings(self.db))
+        if self.holdings_after is not None:
+            # Not from the rows: what somebody has put among them is not to be signed with them.
+            leaves[HOLDINGS_SLOT] = _leaf_of(self.holdings_after)
         if not leaves and self._events == self._ledger.record.events and above is None:
             return None
         return self._ledger.draft(leaves, self._events, self._events_head, above or 0)
@@ -218,14 +254,6 @@ def find_images(db: sqlite3.Connection, ledger: Ledger, name: str) -> Sequence[L
     if policy_leaf(images) != ledger.leaf(POLICY_SLOT):
         raise edited(name, "its launch policy is not the one that was written")
     return images
-
-
-def find_holdings(db: sqlite3.Connection, ledger: Ledger, name: str) -> Sequence[KnownVtpm]:
-    """Return all holdings, verified. Raises StateError: their rows are not those that were written."""
-    known = all_holdings(db)
-    if holdings_leaf(known) != ledger.leaf(HOLDINGS_SLOT):
-        raise edited(name, "its holdings are not those that were written")
-    return known
 
 
 def has_table(db: sqlite3.Connection, table: str) -> bool:

@@ -47,7 +47,7 @@ from vtpm.vault.rules import (
     is_replay,
 )
 from vtpm.vault.sqlite_anchored import AnchoredDatabase
-from vtpm.vault.sqlite_change import Change, Stored, find_holdings, find_images, find_mark, put_state
+from vtpm.vault.sqlite_change import Change, Stored, find_images, find_mark, put_state
 from vtpm.vault.sqlite_file import damaged
 from vtpm.vault.sqlite_moves import begin_anew, forget_deleted, held_now, move
 from vtpm.vault.sqlite_rows import (
@@ -208,7 +208,8 @@ class SqliteStore:
 
     def list_holdings(self) -> Sequence[KnownVtpm]:
         with self._file.reading() as db:
-            return find_holdings(db, self._file.ledger, self._name)
+            known = self._file.holdings.verified(db, self._file.ledger, self._name)
+            return sorted(known.values(), key=lambda one: one.vtpm_id.bytes)
 
     def record_move(
         self,

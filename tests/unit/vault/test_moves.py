@@ -319,16 +319,34 @@ def test_store_is_refused_when_its_holdings_are_not_those_that_were_written(fold
         open_store(folder, keeper)
 
 
-def test_holdings_are_refused_when_they_are_edited_under_a_running_manager(store: SqliteStore) -> None:
-    bound = stopped(store)
+def test_holdings_that_are_edited_under_a_running_manager_are_neither_believed_nor_signed(
+    store: SqliteStore, folder: Path
+) -> None:
+    bound, other = stopped(store), stopped(store, "web2")
     store.record_move(bound.id, HELD, FROZEN)
     with store._file.reading() as db:
         db.execute("UPDATE holding SET epoch = 7")
-    for attempt in (
-        store.list_holdings,
-        lambda: store.holding(bound.id),
-        lambda: store.record_move(bound.id, Holding(Right.FROZEN, 7, ID, "b", DIGEST), MOVED),
-    ):
+    assert store.holding(bound.id).holding == FROZEN
+    assert [known.holding for known in store.list_holdings()] == [FROZEN]
+    with pytest.raises(ConflictError):
+        store.record_move(bound.id, Holding(Right.FROZEN, 7, ID, "b", DIGEST), MOVED)
+    # Another's change is signed, and not what stands beside it.
+    store.record_move(other.id, HELD, FROZEN)
+    keeper = MemoryKeeper(store.value)
+    store.close()
+    with pytest.raises(StateError, match="rows are not those"):
+        open_store(folder, keeper)
+
+
+def test_holdings_are_read_again_and_verified_when_the_store_was_reopened(store: SqliteStore) -> None:
+    bound = stopped(store)
+    store.record_move(bound.id, HELD, FROZEN)
+    store._file.holdings = sqlite_change.HoldingsCache()
+    assert store.holding(bound.id).holding == FROZEN
+    with store._file.reading() as db:
+        db.execute("UPDATE holding SET epoch = 7")
+    store._file.holdings = sqlite_change.HoldingsCache()
+    for attempt in (store.list_holdings, lambda: store.holding(bound.id)):
         with pytest.raises(StateError, match="holdings are not those that were written"):
             attempt()
     store.close()
