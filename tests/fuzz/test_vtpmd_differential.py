@@ -37,10 +37,10 @@ WITHOUT_POWER = {
     Command.HASH_DATA: (0x026, "TPM_INVALID_POSTINIT: known, but not now"),
     Command.HASH_END: (0x026, "TPM_INVALID_POSTINIT: known, but not now"),
     Command.RESET_TPMESTABLISHED: (0x026, "TPM_INVALID_POSTINIT: known, but not now"),
+    Command.LOCK_STORAGE: (0x000, "says that a guest goes on; where none was leaving, there is nothing to do"),
 }
 ALWAYS = {
-    Command.GET_STATEBLOB: (BAD_ORDINAL, "would hand out plain state; not advertised"),
-    Command.SET_STATEBLOB: (BAD_ORDINAL, "would take in old state; not advertised"),
+    Command.GET_STATEBLOB: (0x009, "hands out nothing that the manager has not sealed for one other host"),
 }
 SEQUENCES_TRIED = 60
 MOST_REQUESTS = 12
