@@ -24,7 +24,6 @@ from vtpm.recovery_key import RecoveryKey, RecoveryPublicKey
 from vtpm.secret import Secret
 from vtpm.tpm.types import MAX_STATE_BYTES, StateKind, VtpmId
 from vtpm.vault import backup
-from vtpm.vault.backup import Backup
 from vtpm.vault.contents import Contents, begin, carried, open_all
 from vtpm.vault.passphrase import Passphrase
 from vtpm.vault.records import DomainKind, Event, PermitState, SavedState, VtpmRecord, valid_name
@@ -189,20 +188,7 @@ def _sealed(
 ) -> bytes:
     contents = open_all(key, record, saved)
     key.wipe()
-    content = Backup(
-        vtpm_id=record.id,
-        name=record.name,
-        owner_uid=record.owner_uid,
-        owner_gid=record.owner_gid,
-        vm_uuid=record.vm_uuid,
-        tpm_version=record.tpm_version,
-        epoch=record.epoch,
-        state_version=record.state_version,
-        engine_version=contents.engine_version,
-        exported_at=exported_at,
-        states=contents.states,
-    )
-    return backup.seal(content, to)
+    return backup.seal(backup.backup_of(record, contents, exported_at), to)
 
 
 def _decoded(what: str, text: str) -> bytes:

@@ -8,7 +8,7 @@ had twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from vtpm.errors import StateError
@@ -59,22 +59,9 @@ def pack(
             f"vTPM {record.name} was never started, so it has no state", next_step="Create it anew where it is needed"
         )
     contents = open_all(key, record, saved, tuple(StateKind))
-    states = dict(contents.states)
     if passing is not None:
-        states[StateKind.VOLATILE] = passing
-    whole = Backup(
-        vtpm_id=record.id,
-        name=record.name,
-        owner_uid=record.owner_uid,
-        owner_gid=record.owner_gid,
-        vm_uuid=record.vm_uuid,
-        tpm_version=record.tpm_version,
-        epoch=record.epoch,
-        state_version=record.state_version,
-        engine_version=contents.engine_version,
-        exported_at=now,
-        states=states,
-    )
+        contents = replace(contents, states={**contents.states, StateKind.VOLATILE: passing})
+    whole = backup.backup_of(record, contents, now)
     return bytes([PAYLOAD_VERSION, _KINDS[record.domain]]) + backup.encode(whole)
 
 

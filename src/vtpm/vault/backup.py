@@ -27,9 +27,10 @@ from vtpm.errors import StateError, UsageError
 from vtpm.recovery_key import ESCROW_BYTES, RecoveryKey, RecoveryPublicKey
 from vtpm.secret import KEY_BYTES, Secret
 from vtpm.tpm.types import MAX_STATE_BYTES, StateKind, TpmVersion, VtpmId
+from vtpm.vault.contents import Contents
 from vtpm.vault.envelope import TPM_CODES
 from vtpm.vault.passphrase import Passphrase, ScryptCost
-from vtpm.vault.records import MAX_COUNTER, MAX_ENGINE_VERSION, MAX_ID, valid_name
+from vtpm.vault.records import MAX_COUNTER, MAX_ENGINE_VERSION, MAX_ID, VtpmRecord, valid_name
 
 MAGIC = b"VTPMBKUP"
 FORMAT_VERSION = 1
@@ -83,6 +84,23 @@ class Backup:
     engine_version: int
     exported_at: datetime
     states: Mapping[StateKind, bytes] = field(repr=False)
+
+
+def backup_of(record: VtpmRecord, contents: Contents, exported_at: datetime) -> Backup:
+    """Return a vTPM with what is saved of it, as it was at a time; with a time zone."""
+    return Backup(
+        vtpm_id=record.id,
+        name=record.name,
+        owner_uid=record.owner_uid,
+        owner_gid=record.owner_gid,
+        vm_uuid=record.vm_uuid,
+        tpm_version=record.tpm_version,
+        epoch=record.epoch,
+        state_version=record.state_version,
+        engine_version=contents.engine_version,
+        exported_at=exported_at,
+        states=contents.states,
+    )
 
 
 def seal(backup: Backup, to: RecoveryPublicKey | Passphrase, cost: ScryptCost | None = None) -> bytes:

@@ -179,6 +179,13 @@ class Pair:
         self.prove(source, record)
         self.say(source, record.id, source.mover.freeze(record, 0))
 
+    def leave_undecided(self, record: VtpmRecord) -> None:
+        """Have it frozen at a, and inert at b, whose word that it is stored is lost."""
+        a, b = self.hosts.values()
+        self.prove(a, record)
+        (state,) = a.mover.freeze(record, 0)
+        b.mover.receive(record.id, "a", state.message, b.channel)
+
     def settle(self, vtpm_id: VtpmId) -> None:
         """What both hosts do by themselves once they are back."""
         for _ in range(2):
@@ -306,9 +313,7 @@ def test_move_is_aborted_at_its_source_alone_and_never_once_it_has_moved(pair: P
 def test_adopted_vtpm_runs_and_its_source_lets_go_when_it_comes_back(pair: Pair) -> None:
     a, b = pair.hosts.values()
     record = a.manufactured()
-    pair.prove(a, record)
-    (state,) = a.mover.freeze(record, 0)
-    b.mover.receive(record.id, "a", state.message, b.channel)
+    pair.leave_undecided(record)
     b.mover.adopt(record.id, 7)
     assert b.usable(record.id)
     (*_, event) = b.store(lambda store: store.list_events())
@@ -415,9 +420,7 @@ def test_source_that_was_thought_lost_lets_go_though_its_vtpm_has_gone_on_from_w
 ) -> None:
     a, b = pair.hosts.values()
     record = a.manufactured()
-    pair.prove(a, record)
-    (state,) = a.mover.freeze(record, 0)
-    b.mover.receive(record.id, "a", state.message, b.channel)
+    pair.leave_undecided(record)
     b.mover.adopt(record.id, 7)
     # It is to go on to another host, and the attempt is aborted: nothing of the first one is in the holding any more.
     sends = b.mover.propose(b.record(record.id), "c", wire.Mode.STOPPED, b.channel)
@@ -439,9 +442,7 @@ def test_source_that_was_thought_lost_lets_go_though_its_vtpm_has_gone_on_from_w
 def test_arrival_is_destroyed_when_an_operator_discards_it_and_its_source_takes_it_back(pair: Pair) -> None:
     a, b = pair.hosts.values()
     record = a.manufactured()
-    pair.prove(a, record)
-    (state,) = a.mover.freeze(record, 0)
-    b.mover.receive(record.id, "a", state.message, b.channel)
+    pair.leave_undecided(record)
     b.mover.discard(record.id, 7)
     assert b.store(lambda store: store.list_vtpms()) == []
     pair.settle(record.id)
