@@ -26,11 +26,13 @@ from vtpm.manager.audit_log import AuditLog
 from vtpm.manager.health import Health
 from vtpm.manager.images import ImageService
 from vtpm.manager.instance_link import InstanceLink
+from vtpm.manager.instance_moves import MoveCalls
 from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.running import Running, event_of
 from vtpm.manager.storage import Storage, VaultDoor
 from vtpm.tpm.types import InstanceId, Startup, VtpmId
+from vtpm.vault.holding import Right
 from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
@@ -460,10 +462,18 @@ class ManagerService:
             self.door.vault,
             self._on_link_change,
             self._on_misbehaviour,
+            # A running vTPM is given to nobody yet; but one that asked while no manager was there asks to stay.
+            MoveCalls(take_back=partial(self._take_back, record.id)),
         )
         running = Running(record, info, link)
         self.running[record.id] = running
         return running
+
+    async def _take_back(self, vtpm_id: VtpmId) -> None:
+        """Let a vTPM go on here that is held here. Raises ConflictError: it is not, for good."""
+        known = await self._store(lambda store: store.holding(vtpm_id))
+        if known.holding.right is not Right.HELD:
+            raise ConflictError(f"vTPM {known.name} is {known.holding.right.value} on this host")
 
     # -- what happens by itself -------------------------------------------------------------------------------------
     def _on_launcher_event(self, event: str, args: Any, fds: tuple[int, ...]) -> None:
