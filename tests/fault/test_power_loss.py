@@ -41,7 +41,9 @@ SEED = 20261124
 _VARIANTS = ("none", "interval", *MUTANTS)
 _LATER = 3
 """How many anchors and answers after a state are tried against it."""
-_PACKAGES = ("errors.py", "secret.py", "__init__.py")
+_PACKAGES = ("errors.py", "secret.py", "durable_file.py", "__init__.py")
+_WIRE = ("__init__.py", "migration.py", "fields.py", "message_codec.py")
+"""What a store knows of moves between hosts."""
 _TREES = ("vault", "tpm", "embedded_tpm", "keeper")
 _SPEC = ImageSpec(
     name="powerloss",
@@ -50,6 +52,7 @@ _SPEC = ImageSpec(
     trees={f"/opt/vtpm/{name}": CHECKOUT / "src" / "vtpm" / name for name in _TREES}
     | {"/opt/tests/fault/powerloss": CHECKOUT / "tests" / "fault" / "powerloss"},
     files={f"/opt/vtpm/{name}": (CHECKOUT / "src" / "vtpm" / name).read_bytes() for name in _PACKAGES}
+    | {f"/opt/vtpm/wire/{name}": (CHECKOUT / "src" / "vtpm" / "wire" / name).read_bytes() for name in _WIRE}
     | {
         f"/opt/vtpm/platform_tpm/{name}": (CHECKOUT / "src" / "vtpm" / "platform_tpm" / name).read_bytes()
         for name in ("__init__.py", "pcrs.py", "root_policy.py", "sealed_blob.py")

@@ -19,22 +19,23 @@ from vtpm.tpm.credential import read_endorsement_key
 NAME = sized(b"\x00\x0b" + bytes(32))
 QUOTE = attest(quote_body())
 KEY = read_signing_key(public_area())
-_READERS = st.sampled_from(
-    [
-        (read_signing_key, public_area()),
-        (read_endorsement_key, endorsement_area()),
-        (read_quote, QUOTE),
-        (read_certification, attest(NAME + NAME, kind=0x8017)),
-    ]
-)
+READERS: list[tuple[Callable[[bytes], object], bytes]] = [
+    (read_signing_key, public_area()),
+    (read_endorsement_key, endorsement_area()),
+    (read_quote, QUOTE),
+    (read_certification, attest(NAME + NAME, kind=0x8017)),
+]
 
 
+@pytest.mark.parametrize(("read", "whole"), READERS, ids=lambda one: getattr(one, "__name__", ""))
 @effort.codec
-@given(_READERS.flatmap(lambda case: st.tuples(st.just(case[0]), spoiled(st.just(case[1])))))
-def test_spoiled_structure_is_refused_or_read(case: tuple[Callable[[bytes], object], bytes]) -> None:
-    read, data = case
+@given(data=st.data())
+def test_spoiled_structure_is_refused_or_read(
+    read: Callable[[bytes], object], whole: bytes, data: st.DataObject
+) -> None:
+    structure = data.draw(spoiled(st.just(whole)))
     try:
-        read(data)
+        read(structure)
     except AttestationError:
         return
 

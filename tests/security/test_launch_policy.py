@@ -46,7 +46,7 @@ EDITS = [
     "DELETE FROM launch_image WHERE label = 'first'",
     "DELETE FROM launch_image",
     # Else the missing table itself is refused: a store of the schema before has none.
-    "DROP TABLE launch_image; UPDATE vault_schema SET version = 2",
+    "DROP TABLE launch_image; DROP TABLE holding; UPDATE vault_schema SET version = 2",
     "INSERT INTO launch_image SELECT 'xen', measurement, label, engine_version, state, changed_at_us FROM launch_image"
     " WHERE label = 'second'",
 ]

@@ -19,8 +19,10 @@ from vtpm.errors import StateError, UsageError
 from vtpm.recovery_key import RecoveryKey
 from vtpm.tpm.types import MAX_STATE_BYTES, StateKind, TpmVersion, VtpmId
 from vtpm.vault import backup as backup_module
-from vtpm.vault.backup import MAX_BACKUP_BYTES, Backup, open_, seal, sealed_to
+from vtpm.vault.backup import MAX_BACKUP_BYTES, Backup, backup_of, open_, seal, sealed_to
+from vtpm.vault.contents import Contents
 from vtpm.vault.passphrase import MAX_LOG2_N, MIN_LOG2_N, Passphrase, ScryptCost
+from vtpm.vault.records import DomainKind, VtpmRecord
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "state" / "backup-v1.json").read_text())
 KEY = RecoveryKey.generate()
@@ -375,3 +377,19 @@ def test_memory_stays_bounded_when_a_large_file_is_refused() -> None:
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 100_000
+
+
+def test_vtpm_is_written_down_with_all_that_makes_it_up() -> None:
+    record = VtpmRecord(
+        id=BACKUP.vtpm_id,
+        name=BACKUP.name,
+        owner_uid=BACKUP.owner_uid,
+        owner_gid=BACKUP.owner_gid,
+        vm_uuid=BACKUP.vm_uuid,
+        tpm_version=BACKUP.tpm_version,
+        domain=DomainKind.PROCESS,
+        created_at=BACKUP.exported_at,
+        epoch=BACKUP.epoch,
+        state_version=BACKUP.state_version,
+    )
+    assert backup_of(record, Contents(BACKUP.states, BACKUP.engine_version), BACKUP.exported_at) == BACKUP
