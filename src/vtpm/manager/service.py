@@ -174,7 +174,7 @@ class ManagerService:
                 continue
             if LifeState(current.lifecycle) not in _MOVABLE:
                 self._states[record.id] = LifeState(current.lifecycle)
-            await self._settle_record(current, why.get(record.id) or "no instance was found when the manager started")
+            await self._settle_read(current, why.get(record.id) or "no instance was found when the manager started")
 
     async def _take_up_or_end(self, vtpm_id: VtpmId, record: VtpmRecord | None) -> str:
         """Take an instance up, or end it and say why."""
@@ -554,11 +554,14 @@ class ManagerService:
             running.ended.set()
 
     async def _settle_record(self, record: VtpmRecord, how: str) -> None:
-        current = await self._store(lambda store: store.get_vtpm(record.id))
-        bound = current.instance_id
+        await self._settle_read(await self._store(lambda store: store.get_vtpm(record.id)), how)
+
+    async def _settle_read(self, record: VtpmRecord, how: str) -> None:
+        """As _settle_record, of a record that has just been read."""
+        bound = record.instance_id
         if bound is not None:
             await self._store(lambda store: store.unbind_instance(record.id, bound))
-        if self._state(record) in (LifeState.STOPPED, LifeState.FROZEN, LifeState.INERT):
+        if self._state(record) in _MOVABLE:
             return
         expected = self._state(record) is LifeState.STOPPING
         await self._move(
