@@ -208,17 +208,16 @@ class MigrationService:
     async def adopt(self, name: str, caller: Caller) -> Migration:
         """Take an inert vTPM for this host's own, by the operator's word that its source is lost for good."""
         caller.require_admin("adopt vTPMs")
-        known = await self._find(name)
-        await self._run(known.vtpm_id, self._mover.adopt, known.vtpm_id, caller.uid)
-        self._settled(known.vtpm_id)
-        await self._vtpms.audit.came()
-        return self._describe(await self._known(known.vtpm_id))
+        return await self._decide(name, self._mover.adopt, caller)
 
     async def discard(self, name: str, caller: Caller) -> Migration:
         """Destroy an inert vTPM, by the operator's word that it is, or is to be, its source's alone."""
         caller.require_admin("discard vTPMs")
+        return await self._decide(name, self._mover.discard, caller)
+
+    async def _decide(self, name: str, decision: Callable[[VtpmId, int], None], caller: Caller) -> Migration:
         known = await self._find(name)
-        await self._run(known.vtpm_id, self._mover.discard, known.vtpm_id, caller.uid)
+        await self._run(known.vtpm_id, decision, known.vtpm_id, caller.uid)
         self._settled(known.vtpm_id)
         await self._vtpms.audit.came()
         return self._describe(await self._known(known.vtpm_id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Sequence
@@ -84,11 +85,11 @@ class Peering:
 
     async def serve(self, listener: socket.socket, migrations: MigrationService) -> None:
         """Let peers in, once this host's key opens, until cancelled."""
-        try:
-            identity = await self._until_opened()
-        except BaseException:
-            listener.close()
-            raise
+        with contextlib.closing(listener):
+            await self._serve(listener, migrations)
+
+    async def _serve(self, listener: socket.socket, migrations: MigrationService) -> None:
+        identity = await self._until_opened()
 
         async def handle(peer: Peer, vtpm_id: UUID, message: bytes) -> Sequence[bytes]:
             channel = Channel(identity.public_key, peer.public_key)

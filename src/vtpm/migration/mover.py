@@ -199,7 +199,7 @@ class Mover:
     def _leave(
         self, vtpm_id: VtpmId, source: Source, holding: Holding, step: Step[Outgoing], actor_uid: int | None
     ) -> Sequence[Send]:
-        sends = self._carry_out(vtpm_id, holding, step, _Journal(self._ground, vtpm_id, actor_uid))
+        sends = _carried_out(holding, step, _Journal(self._ground, vtpm_id, actor_uid))
         if step.session is None:
             self._leaving.pop(vtpm_id, None)
         else:
@@ -218,7 +218,7 @@ class Mover:
         adopted: bool = False,
     ) -> Sequence[Send]:
         journal = _Journal(self._ground, vtpm_id, actor_uid, vm_id, adopted=adopted)
-        sends = self._carry_out(vtpm_id, holding, step, journal)
+        sends = _carried_out(holding, step, journal)
         self._arriving.pop(vtpm_id, None)
         if step.session is not None:
             self._arriving[vtpm_id] = (step.session, destination)
@@ -226,10 +226,11 @@ class Mover:
                 del self._arriving[next(iter(self._arriving))]
         return sends
 
-    def _carry_out(self, vtpm_id: VtpmId, holding: Holding, step: Step[S], journal: _Journal) -> Sequence[Send]:
-        sends: list[Send] = []
-        carry_out(holding, step, journal, sends.append)
-        return sends
+
+def _carried_out(holding: Holding, step: Step[S], journal: _Journal) -> Sequence[Send]:
+    sends: list[Send] = []
+    carry_out(holding, step, journal, sends.append)
+    return sends
 
 
 _KINDS = {

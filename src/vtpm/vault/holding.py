@@ -134,16 +134,14 @@ def check_change(before: Holding, after: Holding) -> None:
         raise ConflictError("out of which attempts a vTPM was adopted is never forgotten")
 
 
-def check_known(known: KnownVtpm) -> None:
-    """Raise UsageError unless all fields are within their bounds."""
-    valid_name(known.name)
-    holding = known.holding
+def check_holding(name: object, holding: Holding) -> None:
+    """Raise UsageError unless all fields are within their bounds; the vTPM's name is for the message."""
     if not 0 <= holding.epoch <= MAX_COUNTER:
-        raise UsageError(f"vTPM {known.name}: epoch {holding.epoch} is out of bounds")
+        raise UsageError(f"vTPM {name}: epoch {holding.epoch} is out of bounds")
     if len(holding.migration_id) not in (0, ID_BYTES) or len(holding.digest) not in (0, DIGEST_BYTES):
-        raise UsageError(f"vTPM {known.name}: an attempt's id or digest is of another size")
+        raise UsageError(f"vTPM {name}: an attempt's id or digest is of another size")
     if len(holding.adopted) % ID_BYTES or len(holding.adopted) > MAX_ADOPTED * ID_BYTES:
-        raise UsageError(f"vTPM {known.name}: it was adopted more than {MAX_ADOPTED} times")
+        raise UsageError(f"vTPM {name}: it was adopted more than {MAX_ADOPTED} times")
     if holding.peer:
         valid_name(holding.peer)
 

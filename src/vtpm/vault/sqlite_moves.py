@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vtpm.errors import ConflictError, NotFoundError, UsageError
 from vtpm.tpm.types import VtpmId
-from vtpm.vault.holding import NOWHERE, Holding, KnownVtpm, Right, check_change, check_known
+from vtpm.vault.holding import NOWHERE, Holding, KnownVtpm, Right, check_change, check_holding
 from vtpm.vault.records import SavedState, VtpmRecord
 from vtpm.vault.rules import FROZEN, INERT, STOPPED, check_new_record
 from vtpm.vault.sqlite_change import Change, put_state
@@ -46,12 +46,12 @@ def move(
     if (arriving is not None) != (after.right is Right.INERT):
         raise UsageError("a vTPM arrives with its state when it becomes inert, and only then")
     name = known.name
-    check_known(KnownVtpm(vtpm_id, name or "arriving", after))
+    check_holding(name or vtpm_id, after)
     if arriving is not None:
         name = _arrive(change, vtpm_id, after, *arriving)
     elif (before.right, after.right) != (Right.MOVED, Right.MOVED):
         _settle(change, change.vtpm(vtpm_id), before, after)
-    change.put_holding(_checked(KnownVtpm(vtpm_id, name, after)))
+    change.put_holding(KnownVtpm(vtpm_id, name, after))
 
 
 def _arrive(change: Change, vtpm_id: VtpmId, after: Holding, record: VtpmRecord, states: Sequence[SavedState]) -> str:
@@ -114,8 +114,3 @@ def begin_anew(change: Change, record: VtpmRecord) -> None:
         )
     begun = Holding(Right.HELD, record.epoch, adopted=holding.adopted)
     change.put_holding(KnownVtpm(record.id, record.name, begun))
-
-
-def _checked(known: KnownVtpm) -> KnownVtpm:
-    check_known(known)
-    return known
