@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from vtpm.errors import AttestationError
 from vtpm.tpm.event_log import PCR_COUNT
 from vtpm.tpm.hash_algorithms import BY_IDENTIFIER, HashAlgorithm
-from vtpm.tpm.structure import MAX_STRUCTURE_BYTES, Reader
+from vtpm.tpm.structure import MAX_STRUCTURE_BYTES, P256_BYTES, Reader
 
 MAX_ATTEST_BYTES = MAX_STRUCTURE_BYTES
 MAX_EXTRA_BYTES = 64
@@ -36,7 +36,6 @@ _ALG_NULL = 0x0010
 _ALG_ECDSA = 0x0018
 _ALG_ECC = 0x0023
 _ECC_NIST_P256 = 0x0003
-_COORDINATE_BYTES = 32
 _MAX_NAME_BYTES = 66
 _MAX_DIGEST_BYTES = 64
 
@@ -152,12 +151,7 @@ def read_signing_key(public: bytes) -> SigningKey:
     reader.expect(2, _ALG_SHA256, "the scheme's hash")
     reader.expect(2, _ECC_NIST_P256, "the curve")
     reader.expect(2, _ALG_NULL, "the key derivation")
-    x, y = (int.from_bytes(reader.sized(_COORDINATE_BYTES), "big") for _ in range(2))
-    reader.end()
-    try:
-        key = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
-    except ValueError:
-        raise AttestationError("the public area has a key that is no point of its curve") from None
+    key = reader.p256_point("the public area has a key that is no point of its curve")
     name = _ALG_SHA256.to_bytes(2, "big") + hashlib.sha256(public).digest()
     return SigningKey(attributes, name, key)
 
@@ -171,7 +165,7 @@ def verify_signature(key: SigningKey, attest: bytes, signature: bytes) -> None:
     reader = Reader("the signature", signature)
     reader.expect(2, _ALG_ECDSA, "the algorithm")
     reader.expect(2, _ALG_SHA256, "the hash")
-    r, s = (int.from_bytes(reader.sized(_COORDINATE_BYTES), "big") for _ in range(2))
+    r, s = (int.from_bytes(reader.sized(P256_BYTES), "big") for _ in range(2))
     reader.end()
     try:
         key.key.verify(encode_dss_signature(r, s), attest, ec.ECDSA(hashes.SHA256()))

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
 from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
 
 from vtpm.errors import AttestationError, UsageError
-from vtpm.tpm.structure import Reader
+from vtpm.tpm.structure import P256_BYTES, Reader
 
 MAX_SECRET_BYTES = 32
 """Of one credential: the digest of the endorsement key's name algorithm."""
@@ -35,7 +35,6 @@ _ALG_ECC = 0x0023
 _ALG_CFB = 0x0043
 _ECC_NIST_P256 = 0x0003
 _KEY_BITS = 128
-_COORDINATE_BYTES = 32
 _ATTRIBUTES = 0x000300B2
 """fixedTPM, fixedParent, sensitiveDataOrigin, adminWithPolicy, restricted, decrypt. Spec: Part 2, 8.3.2."""
 _POLICY = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
@@ -86,12 +85,7 @@ def read_endorsement_key(public: bytes) -> EndorsementKey:
     reader.expect(2, _ALG_NULL, "the scheme")
     reader.expect(2, _ECC_NIST_P256, "the curve")
     reader.expect(2, _ALG_NULL, "the key derivation")
-    x, y = (int.from_bytes(reader.sized(_COORDINATE_BYTES), "big") for _ in range(2))
-    reader.end()
-    try:
-        key = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
-    except ValueError:
-        raise AttestationError("the endorsement key is no point of its curve") from None
+    key = reader.p256_point("the endorsement key is no point of its curve")
     return EndorsementKey(key, hashlib.sha256(public).hexdigest())
 
 
@@ -130,7 +124,7 @@ def _kdfa(key: bytes, label: bytes, context: bytes, bits: int) -> bytes:
 
 def _point(key: ec.EllipticCurvePublicKey) -> tuple[bytes, bytes]:
     numbers = key.public_numbers()
-    return numbers.x.to_bytes(_COORDINATE_BYTES, "big"), numbers.y.to_bytes(_COORDINATE_BYTES, "big")
+    return numbers.x.to_bytes(P256_BYTES, "big"), numbers.y.to_bytes(P256_BYTES, "big")
 
 
 def _sized(data: bytes) -> bytes:

@@ -5,9 +5,13 @@ Spec: TPM 2.0 Part 1 (revision 1.59), 9 (structures on the wire).
 
 from __future__ import annotations
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from vtpm.errors import AttestationError
 
 MAX_STRUCTURE_BYTES = 2048
+P256_BYTES = 32
+"""Of one coordinate."""
 
 
 class Reader:
@@ -50,6 +54,19 @@ class Reader:
         found = self.number(size)
         if found != value:
             raise AttestationError(f"{self._what} has {noun} 0x{found:x}, wanted is 0x{value:x}")
+
+    def p256_point(self, refused: str) -> ec.EllipticCurvePublicKey:
+        """Read a TPMS_ECC_POINT, which ends the structure.
+
+        Raises:
+            AttestationError: with `refused`, it is no point of NIST P-256; or as sized and end.
+        """
+        x, y = (int.from_bytes(self.sized(P256_BYTES), "big") for _ in range(2))
+        self.end()
+        try:
+            return ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
+        except ValueError:
+            raise AttestationError(refused) from None
 
     def end(self) -> None:
         """Raises AttestationError: there is more."""
