@@ -42,7 +42,7 @@ _VARIANTS = ("none", "interval", *MUTANTS)
 _LATER = 3
 """How many anchors and answers after a state are tried against it."""
 _PACKAGES = ("errors.py", "secret.py", "durable_file.py", "__init__.py")
-_WIRE = ("__init__.py", "migration.py", "fields.py", "message_codec.py")
+_WIRE = ("__init__.py", "migration.py", "fields.py", "message_codec.py", "names.py")
 """What a store knows of moves between hosts."""
 _TREES = ("vault", "tpm", "embedded_tpm", "keeper")
 _SPEC = ImageSpec(

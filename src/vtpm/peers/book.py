@@ -16,14 +16,13 @@ import httpx
 from vtpm.durable_file import read_file, replace_file, sync_directory
 from vtpm.errors import ConflictError, NotFoundError, StateError, StoreError, UsageError
 from vtpm.peers.identity import MAX_CERTIFICATE_BYTES, der_of, plain_pem, public_key_of
+from vtpm.wire.names import is_name
 
 MAX_PEERS = 100
 MAX_URL_CHARS = 300
 _VERSION = 1
 _SUFFIX = ".json"
 _MAX_FILE_BYTES = 4 * MAX_CERTIFICATE_BYTES
-# As for vTPMs, so that it is harmless as a file name and in a record.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -54,7 +53,7 @@ class Peer:
 
 def new_peer(name: str, url: str, certificate: str) -> Peer:
     """Return a peer of what an operator wrote. Raises UsageError: it is not of the form above."""
-    if _NAME.fullmatch(name) is None or ".." in name or name.endswith("."):
+    if not is_name(name):
         raise UsageError(
             f"{name[:80]!r} is not a name for a peer",
             next_step="Use 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit",
@@ -123,7 +122,7 @@ class Book:
 
     def remove(self, name: str) -> None:
         """Forget one. Raises NotFoundError: there is none. StoreError: it may come back after a crash."""
-        if _NAME.fullmatch(name) is None:
+        if not is_name(name):
             raise NotFoundError(f"there is no peer {name[:80]!r}")
         try:
             self._path(name).unlink()

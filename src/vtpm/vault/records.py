@@ -6,13 +6,13 @@ Pure data and the rule for names. Imported by the vault and, through it, by the 
 from __future__ import annotations
 
 import enum
-import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
 from vtpm.errors import UsageError
 from vtpm.tpm.types import InstanceId, Make, StateKind, TpmVersion, VtpmId
+from vtpm.wire.names import is_name
 
 MAX_WRAPPED_KEY_BYTES = 16 * 1024
 MAX_DETAIL_CHARS = 16 * 1024
@@ -25,8 +25,6 @@ MAX_ID = (1 << 32) - 2
 """Largest uid or gid; the one above means "none" to the kernel."""
 MAX_COUNTER = (1 << 63) - 1
 """Largest epoch, version or sequence number: SQL integers are signed and have 64 bits."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 class DomainKind(enum.StrEnum):
@@ -208,15 +206,8 @@ class Event:
 
 
 def valid_name(name: str) -> str:
-    """Return the name if it is one that a vTPM may have.
-
-    Letters, digits, ".", "_" and "-", starting with a letter or digit, 63 characters at most, no ".." and no
-    "." at the end: so a name is also harmless as a file name or as a word of a command line.
-
-    Raises:
-        UsageError: it is not such a name.
-    """
-    if _NAME.fullmatch(name) is None or ".." in name or name.endswith("."):
+    """Return the name if it is one that a vTPM may have; see wire.names. Raises UsageError: it is not."""
+    if not is_name(name):
         raise UsageError(
             f"{name[:80]!r} is not a name for a vTPM",
             next_step="Use 1 to 63 letters, digits, '_', '-' and single '.'; the first a letter or digit",
