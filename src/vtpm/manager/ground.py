@@ -6,7 +6,6 @@ Its methods are called in threads other than the manager's loop, which they ask.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -67,10 +66,6 @@ class HostGround:
             if kind.make is payload.kind.make and kind in status.domains:
                 return kind
         raise ConflictError(f"this host runs no vTPMs of the make {payload.kind.make}")
-
-    def random(self, count: int) -> bytes:
-        """See Ground."""
-        return secrets.token_bytes(count)
 
     def _ask(self, question: Callable[[], Awaitable[T]], whom: str) -> T:
         async def asked() -> T:

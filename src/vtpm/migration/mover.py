@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
@@ -59,9 +60,6 @@ class Ground(Protocol):
     def domain(self, payload: Payload) -> DomainKind:
         """Return where a vTPM that arrives is to live. Raises ConflictError: this host has no such."""
 
-    def random(self, count: int) -> bytes:
-        """Return random bytes."""
-
 
 class Mover:
     """See the module.
@@ -82,7 +80,7 @@ class Mover:
         """Ask a peer to take a vTPM. Raises MigrationError: it is not this host's to give."""
         source = Source(Guard(self._attester, channel_digest(channel.own, channel.peer)))
         holding = self.holding(record.id)
-        nonce = self._ground.random(NONCE_BYTES)
+        nonce = secrets.token_bytes(NONCE_BYTES)
         step = source.propose(holding, peer, record.id, record.vm_uuid or NO_VM, mode, nonce)
         return self._leave(record.id, source, holding, step, None)
 
@@ -184,7 +182,7 @@ class Mover:
         if isinstance(message, Propose) and (session is None or session.proposal != message):
             destination = Destination(Guard(self._attester, channel_digest(channel.peer, channel.own)))
         holding = self.holding(vtpm_id)
-        fresh = self._ground.random(ID_BYTES + NONCE_BYTES)
+        fresh = secrets.token_bytes(ID_BYTES + NONCE_BYTES)
         step = destination.receive(holding, session, peer, message, fresh)
         vm_id = session.proposal.vm_id if session is not None else None
         return self._arrive(vtpm_id, destination, holding, step, None, vm_id=vm_id)

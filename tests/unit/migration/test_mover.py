@@ -114,9 +114,6 @@ class Host:
     def domain(self, payload: Payload) -> DomainKind:
         return DomainKind.of("process" if self.name == "a" else "qemu", payload.kind.make)
 
-    def random(self, count: int) -> bytes:
-        return secrets.token_bytes(count)
-
     # -- what tests ask ----------------------------------------------------------------------------------------------
     def manufactured(self) -> VtpmRecord:
         wrapped, key = self.new_key(VtpmId(NO_VM))
