@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,12 +30,26 @@ class Running:
     locked_since: int = 0
     """`since` of the lockout that was noted last; unix time in seconds."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _let_go: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def has_emulator(self) -> bool:
         """Whether a virtual machine uses it."""
         client = self.link.facts.client
         return client is not None and client.client is ClientKind.EMULATOR
+
+    def note_client(self) -> None:
+        """The instance may have said that its client has come or gone."""
+        if self.has_emulator:
+            self._let_go.clear()
+        else:
+            self._let_go.set()
+
+    async def wait_let_go(self, timeout_s: float) -> None:
+        """Wait until no virtual machine uses it, or time is up."""
+        with contextlib.suppress(TimeoutError):
+            if self.has_emulator:
+                await asyncio.wait_for(self._let_go.wait(), timeout_s)
 
 
 def event_of(actor_uid: int | None, kind: str, record: VtpmRecord, **detail: object) -> Event:

@@ -55,6 +55,8 @@ START_TIMEOUT_S = 60.0
 """Of the launcher's part; a TPM 1.2 makes an RSA key when it is manufactured, which is slow under emulation."""
 POWER_ON_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
+LET_GO_S = 3.0
+"""How long a stop waits for an emulator that has just ended: it may be told through a relay and a machine."""
 KEEPER_TIMEOUT_S = 10.0
 POWER_PAUSE_S = 5.0
 LOCKOUT_ANSWER_S = 0.5
@@ -327,6 +329,8 @@ class ManagerService:
     async def stop(self, name: str, caller: Caller, *, force: bool = False) -> Vtpm:
         """End a vTPM's instance in order: TPM2_Shutdown, all state saved. `force`: also under a virtual machine."""
         record = await self._find(name, caller)
+        if not force and (in_use := self.running.get(record.id)) is not None:
+            await in_use.wait_let_go(LET_GO_S)
         async with self._lock(record.id):
             running = self.running.get(record.id)
             if running is None:
@@ -572,6 +576,7 @@ class ManagerService:
         running = self.running.get(link.vtpm_id)
         if running is None or running.link is not link:
             return
+        running.note_client()
         if link.facts.power is LinkPower.FAILED:
             running.reason = note or running.reason or "its TPM failed"
         elif note and running.notes.take():

@@ -136,7 +136,7 @@ def test_guest_goes_on_after_a_reset_when_its_vtpms_machine_or_relay_died(
             assert client.show(name).state == "running"
         guest.power_off()
     with host.client() as client:
-        client.stop(name)
+        _stop(client, name)
 
 
 def test_guest_finds_its_pcrs_when_its_vtpms_machine_ran_on_or_died_while_it_was_suspended(
