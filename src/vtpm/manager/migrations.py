@@ -1,7 +1,7 @@
 """Migrations as operators and peers ask for them: who talks to whom, when, and what is tried again until it is decided.
 
-The decisions are migration.Mover's; here are the vTPM's locks, the conversation with the peer, and the audit log. Each
-call of the mover runs in a thread, one after the other for one vTPM. The manager's alone.
+The decisions are migration.Mover's, and conversations.Conversations carries them to the peer; here are the vTPM's locks
+and the audit log. The manager's alone.
 """
 
 from __future__ import annotations
@@ -9,33 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from vtpm.errors import AttestationError, ConflictError, ProtocolError, UnavailableError, VtpmError
 from vtpm.manager.access import Caller
+from vtpm.manager.conversations import Conversations, Parties
 from vtpm.manager.lifecycle import Happening
 from vtpm.manager.service import ManagerService
-from vtpm.migration.mover import Channel, Mover
-from vtpm.migration.steps import Send
+from vtpm.migration.mover import Channel
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.holding import KnownVtpm, Right
 from vtpm.vault.records import DomainKind
 from vtpm.wire.allowance import Allowance
 from vtpm.wire.api_migrations import MigrateVtpm, Migration, Phase
-from vtpm.wire.call_threads import CallThreads
 from vtpm.wire.migration import (
-    Decline,
     Direction,
-    FromSource,
     MigrationMessage,
     Mode,
     Propose,
-    Refuse,
     decode_message,
     encode_message,
 )
@@ -50,37 +44,11 @@ PROPOSALS_PER_S = 1.0
 """Of one peer: each takes the platform TPM the time of a quote, and saves of all vTPMs need that TPM too."""
 FOLLOW_UP_S = 150.0
 """How long a peer may take about one vTPM that is not decided."""
-MAX_EXCHANGES = 16
-"""Of one conversation: no attempt has as many messages."""
 MAX_TROUBLES = 1024
 _FOR_PEERS = (ConflictError, AttestationError, ProtocolError)
 """What a peer hears in our own words; the rest has names of files, and what is wrong with them."""
 _UNDECIDED = (Right.FROZEN, Right.INERT)
 _log = logging.getLogger("vtpm.manager")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Party:
-    """A peer, and how it is spoken to.
-
-    Args:
-        name: of the peer.
-        channel: who is at both ends.
-        exchange: sends a vTPM's message and returns the answers. Raises UnavailableError: nobody knows if it arrived;
-            VtpmError: what the peer answered.
-    """
-
-    name: str
-    channel: Channel
-    exchange: Callable[[VtpmId, bytes], Awaitable[Sequence[bytes]]]
-
-
-class Parties(Protocol):
-    """Whom this host knows."""
-
-    async def find(self, name: str) -> Party:
-        """Return a peer by name or URL. Raises NotFoundError: nobody has named it here."""
 
 
 class _Bounds:
@@ -92,43 +60,31 @@ class _Bounds:
         self.lines = Allowance(LINES_AT_ONCE)
 
 
-class _Turn:
-    """Lets calls about one vTPM go one after the other; takers hold it or wait for it."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.takers = 0
-
-
 class MigrationService:
     """See the module.
 
     Args:
         vtpms: whose vTPMs these are.
-        mover: decides, blocking.
+        talk: with the peers.
         parties: whom this host knows.
-        threads: for calls of the mover.
         remind_s: how long an attempt that is not over is left alone before the peer is asked again.
     """
 
     def __init__(
         self,
         vtpms: ManagerService,
-        mover: Mover,
+        talk: Conversations,
         parties: Parties,
-        threads: CallThreads,
         remind_s: float,
     ) -> None:
         self._vtpms = vtpms
-        self._mover = mover
+        self._talk = talk
+        self._mover = talk.mover
         self._parties = parties
-        self._threads = threads
         self._remind_s = remind_s
-        self._turns: dict[VtpmId, _Turn] = {}
         self._bounds: dict[str, _Bounds] = {}
         self._phases: dict[VtpmId, Phase] = {}
         self._troubles: dict[VtpmId, str] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._followed: dict[str, asyncio.Task[None]] = {}
         self._undecided = asyncio.Event()
         # What an earlier manager left is looked at first.
@@ -148,8 +104,10 @@ class MigrationService:
         async with self._vtpms.held(name, caller, Happening.MIGRATE) as record:
             try:
                 self._phases[record.id] = Phase.PROVING
-                sends = await self._run(record.id, self._mover.propose, record, party.name, Mode.STOPPED, party.channel)
-                reason = await self._converse(record.id, party, sends)
+                sends = await self._talk.run(
+                    record.id, self._mover.propose, record, party.name, Mode.STOPPED, party.channel
+                )
+                reason = await self._talk.converse(record.id, party, sends)
                 if not self._mover.has_proof(record.id):
                     raise ConflictError(f"{party.name} does not take vTPM {name}: {reason or 'it has made no offer'}")
                 # As it is by now: nobody starts it from here on.
@@ -157,12 +115,11 @@ class MigrationService:
                 if wanted.domain is not None:
                     record = replace(record, domain=DomainKind.of(wanted.domain, record.domain.make))
                 self._phases[record.id] = Phase.SENDING
-                sends = await self._run(record.id, self._mover.freeze, record, caller.uid)
-                reason = await self._deliver(record.id, party, sends)
+                sends = await self._talk.run(record.id, self._mover.freeze, record, caller.uid)
+                reason = await self._talk.deliver(record.id, party, sends)
             finally:
                 self._phases.pop(record.id, None)
                 self._mover.forget(record.id)
-                self._settled(record.id)
             await self._vtpms.audit.came()
         known = await self._known(record.id)
         if known.holding.right is Right.MOVED:
@@ -195,11 +152,10 @@ class MigrationService:
                 )
             raise ConflictError(f"vTPM {name} is not on its way to another host")
         peer = known.holding.peer
-        sends = await self._run(known.vtpm_id, self._mover.abort, known.vtpm_id, caller.uid)
-        self._settled(known.vtpm_id)
+        sends = await self._talk.run(known.vtpm_id, self._mover.abort, known.vtpm_id, caller.uid)
         await self._vtpms.audit.came()
         try:
-            await self._converse(known.vtpm_id, await self._parties.find(peer), sends)
+            await self._talk.converse(known.vtpm_id, await self._parties.find(peer), sends)
         except VtpmError as error:
             # It asks, if it has anything, and hears then that this attempt is over.
             _log.info("%s: %s has not been told of the abort: %s", name, peer, error)
@@ -217,8 +173,7 @@ class MigrationService:
 
     async def _decide(self, name: str, decision: Callable[[VtpmId, int], None], caller: Caller) -> Migration:
         known = await self._find(name)
-        await self._run(known.vtpm_id, decision, known.vtpm_id, caller.uid)
-        self._settled(known.vtpm_id)
+        await self._talk.run(known.vtpm_id, decision, known.vtpm_id, caller.uid)
         await self._vtpms.audit.came()
         return self._describe(await self._known(known.vtpm_id))
 
@@ -240,15 +195,13 @@ class MigrationService:
         if isinstance(message, Propose) and not bounds.proposals.take():
             raise UnavailableError(f"{peer} proposes too many vTPMs at once", next_step="Try again in a minute")
         try:
-            sends = await self._run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
+            sends = await self._talk.run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
         except VtpmError as error:
             if bounds.lines.take():
                 _log.warning("vTPM %s: refused of %s: %s", vtpm_id, peer, error.message)
             if isinstance(error, _FOR_PEERS):
                 raise
             raise UnavailableError("it cannot do that now", next_step="See the log of its vtpm-managerd") from error
-        finally:
-            self._settled(vtpm_id)
         return [encode_message(send.message) for send in sends if send.peer == peer]
 
     # -- what happens by itself --------------------------------------------------------------------------------------
@@ -294,10 +247,10 @@ class MigrationService:
     async def _follow_up(self, known: KnownVtpm) -> None:
         try:
             party = await self._parties.find(known.holding.peer)
-            sends = await self._run(known.vtpm_id, self._mover.remind, known.vtpm_id)
+            sends = await self._talk.run(known.vtpm_id, self._mover.remind, known.vtpm_id)
             try:
                 async with asyncio.timeout(FOLLOW_UP_S):
-                    await self._converse(known.vtpm_id, party, sends)
+                    await self._talk.converse(known.vtpm_id, party, sends)
             except TimeoutError:
                 raise UnavailableError(f"{party.name} takes more than {FOLLOW_UP_S:g} s") from None
         except VtpmError as error:
@@ -308,61 +261,8 @@ class MigrationService:
                 del self._troubles[next(iter(self._troubles))]
         else:
             self._troubles.pop(known.vtpm_id, None)
-        finally:
-            self._settled(known.vtpm_id)
 
-    # -- conversations -----------------------------------------------------------------------------------------------
-    async def _deliver(self, vtpm_id: VtpmId, party: Party, sends: Sequence[Send]) -> str:
-        """Send a state; where that fails, ask what has become of it. Returns why it was not taken, if it was not."""
-        try:
-            return await self._converse(vtpm_id, party, sends)
-        except VtpmError as error:
-            reason = error.message
-        try:
-            sends = await self._run(vtpm_id, self._mover.remind, vtpm_id)
-            await self._converse(vtpm_id, party, sends)
-        except VtpmError as error:
-            _log.warning("vTPM %s: %s", vtpm_id, error)
-        return reason
-
-    async def _converse(self, vtpm_id: VtpmId, party: Party, sends: Sequence[Send]) -> str:
-        """Exchange messages until neither side has more to say; returns why the peer refused, if it did."""
-        waiting, reason = deque(sends), ""
-        for _ in range(MAX_EXCHANGES):
-            if not waiting:
-                return reason
-            message = waiting.popleft().message
-            answers = await party.exchange(vtpm_id, encode_message(message))
-            direction = Direction.TO_SOURCE if isinstance(message, FromSource) else Direction.TO_DESTINATION
-            for body in answers:
-                answer = decode_message(body, direction)
-                if isinstance(answer, Decline | Refuse):
-                    reason = answer.reason
-                waiting += await self._run(vtpm_id, self._mover.receive, vtpm_id, party.name, answer, party.channel)
-        raise ProtocolError(f"{party.name} answers without end")
-
-    async def _run(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
-        """Have the mover do something in the vTPM's turn, which lasts as long as the call, whoever is cancelled."""
-        task = asyncio.get_running_loop().create_task(self._in_turn(vtpm_id, call, *args))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
-
-    async def _in_turn(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
-        turn = self._turns.setdefault(vtpm_id, _Turn())
-        turn.takers += 1
-        try:
-            async with turn.lock:
-                return await self._threads.run(call, *args)
-        finally:
-            turn.takers -= 1
-            if not turn.takers:
-                # A peer may name vTPMs without end.
-                self._turns.pop(vtpm_id, None)
-
-    def _settled(self, vtpm_id: VtpmId) -> None:
-        self._vtpms.look_again(vtpm_id)
-
+    # -- small things -----------------------------------------------------------------------------------------------
     async def _known(self, vtpm_id: VtpmId) -> KnownVtpm:
         return await self._vtpms.door.run(lambda store: store.holding(vtpm_id))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from vtpm.config import Config
 from vtpm.manager.attester import PlatformAttester
+from vtpm.manager.conversations import Conversations
 from vtpm.manager.enrolment import EnrolmentService
 from vtpm.manager.ground import HostGround
 from vtpm.manager.measured import services_of_boot
@@ -43,9 +44,8 @@ class Moving:
             keeper, layout.platform_dir, partial(services_of_boot, config), config.platform_policy, config.authorities
         )
         self.peering = Peering(layout.peers_dir, KeeperClient(config.run_dir), vtpms.audit.append)
-        self.migrations = MigrationService(
-            vtpms, Mover(ground, attester), self.peering, CallThreads("mover", THREADS), config.migration_retry_s
-        )
+        talk = Conversations(Mover(ground, attester), CallThreads("mover", THREADS), vtpms.look_again)
+        self.migrations = MigrationService(vtpms, talk, self.peering, config.migration_retry_s)
         self.enrolment = EnrolmentService(
             layout.platform_dir,
             keeper,

@@ -12,7 +12,8 @@ from uuid import UUID
 
 from vtpm.errors import VtpmError
 from vtpm.manager.access import Caller
-from vtpm.manager.migrations import MigrationService, Party
+from vtpm.manager.conversations import Party
+from vtpm.manager.migrations import MigrationService
 from vtpm.manager.noted import Note, noted
 from vtpm.migration.mover import Channel
 from vtpm.peers.book import Book, Peer, new_peer

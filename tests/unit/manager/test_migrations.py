@@ -24,8 +24,9 @@ from vtpm.errors import (
     VtpmError,
 )
 from vtpm.manager.access import Caller
+from vtpm.manager.conversations import Conversations, Party
 from vtpm.manager.lifecycle import Happening, after
-from vtpm.manager.migrations import MESSAGES_AT_ONCE, PROPOSALS_AT_ONCE, MigrationService, Party
+from vtpm.manager.migrations import MESSAGES_AT_ONCE, PROPOSALS_AT_ONCE, MigrationService
 from vtpm.manager.service import ManagerService
 from vtpm.migration.mover import NO_VM
 from vtpm.tpm.types import VtpmId
@@ -91,7 +92,9 @@ class Link:
 
     def _service(self, host: Host) -> MigrationService:
         vtpms = cast(ManagerService, Vtpms(host))
-        return MigrationService(vtpms, host.mover, _Known(self, host), self.threads, remind_s=0.01)
+        return MigrationService(
+            vtpms, Conversations(host.mover, self.threads, vtpms.look_again), _Known(self, host), remind_s=0.01
+        )
 
     def crash(self, name: str) -> None:
         """Lose what a host remembers."""
@@ -332,7 +335,7 @@ def test_peer_is_told_to_come_later_when_it_proposes_without_end(link: Link) -> 
                 run(b.receive("a", new_record().id, b"", channel))
     # Another has its own, and nothing is remembered of all those that were named.
     assert run(b.receive("c", *proposal(), channel))
-    assert not b._turns
+    assert not b._talk._turns
 
 
 def test_turn_lasts_as_long_as_its_call_when_whoever_asked_was_cancelled(link: Link) -> None:
@@ -345,11 +348,11 @@ def test_turn_lasts_as_long_as_its_call_when_whoever_asked_was_cancelled(link: L
         order.append("first")
 
     async def cancelled() -> None:
-        asked = asyncio.create_task(service._run(vtpm_id, first))
+        asked = asyncio.create_task(service._talk.run(vtpm_id, first))
         await asyncio.to_thread(begun.wait, LIMIT_S)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
-        second = asyncio.create_task(service._run(vtpm_id, order.append, "second"))
+        second = asyncio.create_task(service._talk.run(vtpm_id, order.append, "second"))
         # It has its chance to come first.
         done, _ = await asyncio.wait([second], timeout=0.3)
         assert not done
