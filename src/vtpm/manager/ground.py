@@ -58,13 +58,15 @@ class HostGround:
         made = self._keeper.new_key(vtpm_id)
         return made.wrapped, Secret(made.key)
 
-    def domain(self, payload: Payload) -> DomainKind:
-        """Return the payload's kind, or where this host has none such, the first one of its make."""
+    def place(self, payload: Payload, mode: Mode) -> Place:
+        """Return the place that waits for it with its guest; or its kind, or the first of its make that is here."""
+        if mode is not Mode.STOPPED or self.waits(payload.vtpm.vtpm_id):
+            return self.waiting_place(payload, mode)
         status: LauncherStatus = self._ask(lambda: self._launcher.call("status", NoArgs()), "the launcher")[0]
         kinds: tuple[DomainKind, ...] = (payload.kind, *DomainKind)
         for kind in kinds:
             if kind.make is payload.kind.make and kind in status.domains:
-                return kind
+                return Place(kind)
         raise ConflictError(f"this host runs no vTPMs of the make {payload.kind.make}")
 
     def _ask(self, question: Callable[[], Awaitable[T]], whom: str) -> T:

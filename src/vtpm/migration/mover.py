@@ -21,13 +21,13 @@ from vtpm.migration.payload import Payload, pack, unpack
 from vtpm.migration.source import Asking, Outgoing, Source
 from vtpm.migration.steps import MigrationError, Send, Step, carry_out
 from vtpm.secret import Secret
-from vtpm.tpm.types import StateKind, VtpmId
+from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.contents import Contents, begin, open_all
 from vtpm.vault.holding import Holding, Right
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord
 from vtpm.vault.rules import INERT
 from vtpm.vault.store import Store
-from vtpm.wire.migration import ID_BYTES, NONCE_BYTES, FromSource, MigrationMessage, Mode, Propose
+from vtpm.wire.migration import ID_BYTES, NONCE_BYTES, FromSource, MigrationMessage, Mode, Propose, State
 
 MAX_INCOMING = 64
 """Attempts that are remembered before their state has come; the oldest is forgotten, and begins anew if it goes on."""
@@ -45,6 +45,22 @@ class Channel:
     peer: bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a vTPM that arrives is to live.
+
+    Args:
+        owner: uid and gid; None: as it had.
+        instance_id, engine_version: of the instance that is to go on with it, as its guest arrives; None, 0: there is
+            none.
+    """
+
+    domain: DomainKind
+    owner: tuple[int, int] | None = None
+    instance_id: InstanceId | None = None
+    engine_version: int = 0
+
+
 class Ground(Protocol):
     """What a mover stands on. All of it blocks."""
 
@@ -57,8 +73,12 @@ class Ground(Protocol):
     def new_key(self, vtpm_id: VtpmId) -> tuple[bytes, Secret]:
         """Make a key for a vTPM; returns it wrapped, and as it is."""
 
-    def domain(self, payload: Payload) -> DomainKind:
-        """Return where a vTPM that arrives is to live. Raises ConflictError: this host has no such."""
+    def place(self, payload: Payload, mode: Mode) -> Place:
+        """Return where a vTPM that arrives is to live. Raises VtpmError: this host has no such place."""
+
+
+_NO_CHANNEL = Channel(b"", b"")
+"""Of a state: it is bound to the channel of its attempt by what it is sealed to."""
 
 
 class Mover:
@@ -187,6 +207,26 @@ class Mover:
         vm_id = session.proposal.vm_id if session is not None else None
         return self._arrive(vtpm_id, destination, holding, step, None, vm_id=vm_id)
 
+    def arrive(self, vtpm_id: VtpmId, state: State) -> Mapping[StateKind, bytes]:
+        """Take in what came with a guest, by whoever's hands, and return the plain states, to load and not to run.
+
+        It opens only if the peer whose attempt it is has sealed it; that peer hears nothing of it from here.
+
+        Raises:
+            MigrationError: no attempt with a guest is under way. StateError: it is damaged, foreign or of another attempt.
+        """
+        incoming, _ = self._destination(vtpm_id)
+        holding = self.holding(vtpm_id)
+        peer, mode = holding.peer, holding.mode
+        if holding.right is not Right.INERT:
+            if incoming is None:
+                raise MigrationError("the attempt by which the guest has come was not begun here, or is forgotten")
+            peer, mode = incoming.peer, incoming.proposal.mode
+        if mode is Mode.STOPPED:
+            raise MigrationError(f"{peer} has proposed the vTPM without its guest")
+        self._from_source(vtpm_id, peer, state, _NO_CHANNEL)
+        return self.inert_states(vtpm_id)
+
     # -- how it takes effect -----------------------------------------------------------------------------------------
     def _source(self, vtpm_id: VtpmId) -> tuple[Outgoing | None, Source]:
         return self._leaving.get(vtpm_id) or (None, Source(Guard(self._attester, b"")))
@@ -277,20 +317,24 @@ class _Journal:
             raise StateError(f"vTPM {vtpm.vtpm_id} of epoch {vtpm.epoch} came as {self.vtpm_id} of {after.epoch - 1}")
         if (vtpm.vm_uuid or NO_VM) != self.vm_id:
             raise ConflictError(f"vTPM {vtpm.name} is bound to another VM than it was proposed with")
+        place = self.ground.place(payload, after.mode)
+        owner_uid, owner_gid = place.owner or (vtpm.owner_uid, vtpm.owner_gid)
         wrapped, key = self.ground.new_key(self.vtpm_id)
         record = VtpmRecord(
             id=self.vtpm_id,
             name=vtpm.name,
-            owner_uid=vtpm.owner_uid,
-            owner_gid=vtpm.owner_gid,
+            owner_uid=owner_uid,
+            owner_gid=owner_gid,
             vm_uuid=vtpm.vm_uuid,
             tpm_version=vtpm.tpm_version,
-            domain=self.ground.domain(payload),
+            domain=place.domain,
             created_at=datetime.now(UTC),
             epoch=after.epoch,
             lifecycle=INERT,
             wrapped_key=wrapped,
             state_version=vtpm.state_version,
+            instance_id=place.instance_id,
+            engine_version=place.engine_version,
         )
         try:
             return begin(record, key, Contents(vtpm.states, vtpm.engine_version))

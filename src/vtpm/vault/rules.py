@@ -33,6 +33,7 @@ from vtpm.vault.records import (
 
 FROZEN = "frozen"
 INERT = "inert"
+RUNNING = "running"
 STOPPED = "stopped"
 _MOVING = frozenset({FROZEN, INERT})
 """Words for a vTPM that another host may run. Only a change of its holding gives or takes them."""
@@ -42,7 +43,8 @@ def check_new_record(record: VtpmRecord, states: Sequence[SavedState] = (), *, m
     """Raise UsageError unless this is a record that a new vTPM may begin with, and these its first states.
 
     Args:
-        moving: whether it comes from another host, and may have volatile state of this very moment with it.
+        moving: whether it comes from another host, and may have volatile state of this very moment with it, and an
+            instance that waits for it.
     """
     valid_name(record.name)
     check_word(record.lifecycle)
@@ -54,7 +56,9 @@ def check_new_record(record: VtpmRecord, states: Sequence[SavedState] = (), *, m
         raise UsageError(f"vTPM {record.name}: epoch {record.epoch} is out of bounds")
     if record.created_at.tzinfo is None:
         raise UsageError(f"vTPM {record.name}: its time of creation has no time zone")
-    if record.instance_id is not None or record.engine_version:
+    if moving and record.instance_id is not None:
+        check_engine_version(record.engine_version)
+    elif record.instance_id is not None or record.engine_version:
         raise UsageError(f"vTPM {record.name}: a new one has no instance")
     if states:
         _check_first_states(record, states, volatile=moving)

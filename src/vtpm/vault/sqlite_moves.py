@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 from collections.abc import Sequence
 
 from vtpm.errors import ConflictError, NotFoundError, UsageError
-from vtpm.tpm.types import VtpmId
+from vtpm.tpm.types import StateKind, VtpmId
 from vtpm.vault.holding import NOWHERE, Holding, KnownVtpm, Right, check_change, check_holding
 from vtpm.vault.records import SavedState, VtpmRecord
-from vtpm.vault.rules import FROZEN, INERT, STOPPED, check_new_record
+from vtpm.vault.rules import FROZEN, INERT, RUNNING, STOPPED, check_new_record
 from vtpm.vault.sqlite_change import Change, put_state
 from vtpm.vault.sqlite_rows import INSERT_RECORD, values_of
 from vtpm.wire.migration import Mode
@@ -61,7 +62,10 @@ def _arrive(change: Change, vtpm_id: VtpmId, after: Holding, record: VtpmRecord,
         raise UsageError(f"vTPM {record.name} does not arrive as what it was sent as")
     change.check_vacant(record)
     change.check_domain(record.domain)
-    change.db.execute(INSERT_RECORD, values_of(record, change.new_slot(record.id)))
+    try:
+        change.db.execute(INSERT_RECORD, values_of(record, change.new_slot(record.id)))
+    except sqlite3.IntegrityError as error:
+        raise ConflictError(f"vTPM {record.name} arrives for an instance that is another vTPM's") from error
     for state in states:
         put_state(change.db, state)
     return record.name
@@ -76,7 +80,11 @@ def _settle(change: Change, record: VtpmRecord, before: Holding, after: Holding)
             if record.instance_id is not None and not running:
                 raise ConflictError(f"vTPM {record.name} has an instance", next_step="Stop it first")
         case Right.HELD:
-            lifecycle, from_ = STOPPED, FROZEN if before.right is Right.FROZEN else INERT
+            # An instance that is bound has stood still with the guest's whole TPM in it, and goes on.
+            lifecycle = STOPPED if record.instance_id is None else RUNNING
+            from_ = FROZEN if before.right is Right.FROZEN else INERT
+            if from_ == INERT and before.mode is not Mode.STOPPED:
+                _drop_volatile(change, record)
         case _:
             # Moved, or discarded: key and state go with the row.
             change.db.execute("DELETE FROM vtpm WHERE id = ?", (record.id.bytes,))
@@ -86,6 +94,13 @@ def _settle(change: Change, record: VtpmRecord, before: Holding, after: Holding)
     change.db.execute(
         "UPDATE vtpm SET lifecycle = ?, epoch = ? WHERE id = ?", (lifecycle, after.epoch, record.id.bytes)
     )
+
+
+def _drop_volatile(change: Change, record: VtpmRecord) -> None:
+    """Forget PCRs and sessions that came with a guest: its instance has them, or it is no more. Nobody has them twice."""
+    gone = change.db.execute("DELETE FROM state WHERE vtpm_id = ? AND kind = ?", (record.id.bytes, StateKind.VOLATILE))
+    if gone.rowcount:
+        change.db.execute("UPDATE vtpm SET state_version = state_version + 1 WHERE id = ?", (record.id.bytes,))
 
 
 def forget_deleted(change: Change, record: VtpmRecord) -> None:

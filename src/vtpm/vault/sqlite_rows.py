@@ -30,8 +30,8 @@ SELECT_RECORDS = (
 )
 INSERT_RECORD = (
     "INSERT INTO vtpm (id, name, owner_uid, owner_gid, vm_uuid, tpm_version, domain, created_at_us, epoch,"
-    " lifecycle, permit_state, permit_id, wrapped_key, state_version, slot)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " lifecycle, permit_state, permit_id, wrapped_key, state_version, instance_id, engine_version, slot)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 SELECT_STATES = "SELECT vtpm_id, kind, version, epoch, envelope, digest FROM state"
 SELECT_STATE_ENTRIES = "SELECT vtpm_id, kind, epoch, version, digest FROM state"
@@ -88,6 +88,8 @@ def values_of(record: VtpmRecord, slot: int) -> Row:
         record.permit.permit_id,
         record.wrapped_key,
         record.state_version,
+        record.instance_id.bytes if record.instance_id else None,
+        record.engine_version,
         slot,
     )
 

@@ -16,15 +16,15 @@ from tests.unit.vault.world import ENGINE, MAC_KEY, MemoryKeeper, new_record
 from vtpm.errors import AttestationError, ConflictError, StateError, StoreError, UsageError, VtpmError
 from vtpm.migration.certificates import CertifiedPlatform, PlatformKind
 from vtpm.migration.guards import channel_digest, offer_extra
-from vtpm.migration.mover import MAX_INCOMING, NO_VM, Channel, Mover
+from vtpm.migration.mover import MAX_INCOMING, NO_VM, Channel, Mover, Place
 from vtpm.migration.payload import Payload
 from vtpm.migration.steps import MigrationError, Send
 from vtpm.migration.transcript import proposal_digest
 from vtpm.secret import Secret
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
 from vtpm.vault.contents import Contents, begin, open_all
-from vtpm.vault.holding import Holding, Right
-from vtpm.vault.records import DomainKind, VtpmRecord
+from vtpm.vault.holding import NOWHERE, Holding, Right
+from vtpm.vault.records import DomainKind, SaveAck, SaveRequest, VtpmRecord
 from vtpm.vault.sqlite_store import SqliteStore
 from vtpm.vault.store import Store
 from vtpm.wire import migration as wire
@@ -67,6 +67,7 @@ class Host:
         self.keys: dict[bytes, bytes] = {}
         self.crash_in = 0
         self.changes = 0
+        self.waiting: InstanceId | None = None
         self._one_at_a_time = threading.RLock()
         self._folder = folder / name
         self._store = SqliteStore(self._folder, MAC_KEY, self.keeper)
@@ -111,8 +112,9 @@ class Host:
         self.keys[wrapped] = secrets.token_bytes(32)
         return wrapped, Secret(self.keys[wrapped])
 
-    def domain(self, payload: Payload) -> DomainKind:
-        return DomainKind.of("process" if self.name == "a" else "qemu", payload.kind.make)
+    def place(self, payload: Payload, mode: Mode) -> Place:
+        domain = DomainKind.of("process" if self.name == "a" else "qemu", payload.kind.make)
+        return Place(domain, (1000, 1001), self.waiting, ENGINE if self.waiting else 0)
 
     # -- what tests ask ----------------------------------------------------------------------------------------------
     def manufactured(self) -> VtpmRecord:
@@ -182,6 +184,18 @@ class Pair:
         self.prove(a, record)
         (state,) = a.mover.freeze(record, 0)
         b.mover.receive(record.id, "a", state.message, b.channel)
+
+    def depart(self, mode: wire.Mode, instance: InstanceId | None = None) -> tuple[VtpmRecord, wire.State]:
+        """Freeze a vTPM of a, under its guest, for b; returns what goes with the guest."""
+        a = self.hosts["a"]
+        record = a.manufactured()
+        if instance is not None:
+            a.store(lambda store: store.bind_instance(record.id, instance))
+            a.store(lambda store: store.set_lifecycle(record.id, "running"))
+        self.say(a, record.id, a.mover.propose(record, "b", mode, a.channel))
+        (send,) = a.mover.freeze(record, 0, STATES[StateKind.VOLATILE])
+        assert isinstance(send.message, wire.State)
+        return record, send.message
 
     def settle(self, vtpm_id: VtpmId) -> None:
         """What both hosts do by themselves once they are back."""
@@ -321,22 +335,87 @@ def test_adopted_vtpm_runs_and_its_source_lets_go_when_it_comes_back(pair: Pair)
     assert [host.usable(record.id) for host in (a, b)] == [False, True]
 
 
-def test_running_vtpm_goes_over_with_its_volatile_state_once_its_guest_has_arrived(pair: Pair) -> None:
+@pytest.mark.parametrize("instance", [InstanceId(new_record().id), None])
+def test_running_vtpm_goes_over_with_its_volatile_state_once_its_guest_has_arrived(
+    pair: Pair, instance: InstanceId | None
+) -> None:
     a, b = pair.hosts.values()
-    record = a.manufactured()
-    pair.say(a, record.id, a.mover.propose(record, "b", wire.Mode.DRIVEN, a.channel))
-    (state,) = a.mover.freeze(record, 0, STATES[StateKind.VOLATILE])
+    b.waiting = instance
+    record, state = pair.depart(wire.Mode.DRIVEN)
     with pytest.raises(MigrationError, match="not inert here"):
         b.mover.inert_states(record.id)
     # The state goes with the guest, and the answer by the managers' own way.
-    (stored,) = b.mover.receive(record.id, "a", state.message, b.channel)
-    assert b.mover.inert_states(record.id) == STATES
-    assert pair.say(b, record.id, [stored]) == ""
+    assert b.mover.arrive(record.id, state) == STATES
+    # Its instance may ask again, when the answer was lost.
+    assert b.mover.arrive(record.id, state) == STATES
+    inert = b.record(record.id)
+    assert (inert.lifecycle, inert.instance_id, inert.owner_uid, inert.owner_gid) == ("inert", instance, 1000, 1001)
     assert [host.mover.holding(record.id).right for host in (a, b)] == [Right.FROZEN, Right.INERT]
     pair.say(a, record.id, a.mover.arrived(record.id))
     assert [host.mover.holding(record.id).right for host in (a, b)] == [Right.MOVED, Right.HELD]
     with pytest.raises(MigrationError, match="not inert here"):
         b.mover.inert_states(record.id)
+    held = b.record(record.id)
+    assert (held.lifecycle, held.instance_id) == ("stopped" if instance is None else "running", instance)
+    kinds = [saved.kind for saved in b.store(lambda store: store.read_state(record.id))]
+    assert kinds == [StateKind.PERMANENT], "its PCRs would be had twice"
+    assert held.state_version > inert.state_version
+
+
+def test_instance_that_waited_saves_when_its_vtpm_is_held_and_not_before(pair: Pair) -> None:
+    a, b = pair.hosts.values()
+    b.waiting = InstanceId(new_record().id)
+    record, state = pair.depart(wire.Mode.FOREIGN)
+    b.mover.arrive(record.id, state)
+
+    def save(version: int) -> object:
+        epoch = b.record(record.id).epoch
+        request = SaveRequest(
+            record.id, b.waiting, 1, bytes(32), StateKind.PERMANENT, epoch, version, secrets.token_bytes(99), None
+        )
+        (outcome,) = b.store(lambda store: store.commit_saves([request]))
+        return outcome
+
+    assert isinstance(save(10), ConflictError)
+    pair.say(b, record.id, b.mover.remind(record.id, wanted=True))
+    assert isinstance(save(11), SaveAck)
+
+
+def test_running_vtpm_goes_on_at_its_source_when_the_attempt_is_aborted(pair: Pair) -> None:
+    a, b = pair.hosts.values()
+    instance = InstanceId(new_record().id)
+    record, state = pair.depart(wire.Mode.FOREIGN, instance)
+    assert a.record(record.id).lifecycle == "frozen"
+    a.mover.abort(record.id, 0)
+    back = a.record(record.id)
+    assert (back.lifecycle, back.instance_id, back.epoch) == ("running", instance, record.epoch + 2)
+    b.mover.arrive(record.id, state)
+    pair.settle(record.id)
+    assert b.mover.holding(record.id).right is Right.ABSENT
+
+
+def test_what_comes_with_a_guest_is_refused_when_it_was_not_to_or_is_of_no_attempt(pair: Pair) -> None:
+    a, b = pair.hosts.values()
+    record = a.manufactured()
+    pair.prove(a, record)
+    (send,) = a.mover.freeze(record, 0)
+    assert isinstance(send.message, wire.State)
+    with pytest.raises(MigrationError, match="without its guest"):
+        b.mover.arrive(record.id, send.message)
+    b.restart()
+    with pytest.raises(MigrationError, match="not begun here"):
+        b.mover.arrive(record.id, send.message)
+    assert b.mover.holding(record.id) == NOWHERE
+
+
+def test_state_is_refused_when_a_byte_of_it_was_changed_on_its_way_with_the_guest(pair: Pair) -> None:
+    _, b = pair.hosts.values()
+    record, state = pair.depart(wire.Mode.FOREIGN)
+    changed = bytearray(state.sealed)
+    changed[-1] ^= 1
+    with pytest.raises(StateError):
+        b.mover.arrive(record.id, wire.State(state.migration_id, bytes(changed)))
+    assert b.mover.holding(record.id) == NOWHERE
 
 
 @pytest.mark.parametrize("crashed", ["a", "b"])
