@@ -271,6 +271,8 @@ def test_openapi_document_names_every_route_when_asked_for(raw: httpx.Client) ->
         ("/v1/vtpms/{name}/adopt", "post"),
         ("/v1/vtpms/{name}/migrate", "post"),
         ("/v1/vtpms/{name}/migrate/abort", "post"),
+        ("/v1/vtpms/{name}/migrate/arrived", "post"),
+        ("/v1/vtpms/{name}/receive", "post"),
         ("/v1/vtpms/{name}/migrate/discard", "post"),
         ("/v1/vtpms", "get"),
         ("/v1/vtpms", "post"),

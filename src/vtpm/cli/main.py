@@ -17,7 +17,7 @@ from vtpm.cli.enrolment import check_policy, platform
 from vtpm.cli.host import completion, events, shutdown, status
 from vtpm.cli.images import image
 from vtpm.cli.launch_policy import allow_image, launches, list_images, retire_image
-from vtpm.cli.migration import adopt, migrate
+from vtpm.cli.migration import adopt, migrate, receive
 from vtpm.cli.output import Output, print_error
 from vtpm.cli.peers import peer
 from vtpm.cli.platform import policy, recover, recovery_key
@@ -27,7 +27,23 @@ from vtpm.cli.vtpms import create, delete, list_vtpms, show, start, stop
 from vtpm.errors import UsageError, VtpmError
 
 _COMMANDS = (
-    *(status, create, start, stop, delete, list_vtpms, show, events, run, export, import_vtpm, migrate, adopt, peer),
+    *(
+        status,
+        create,
+        start,
+        stop,
+        delete,
+        list_vtpms,
+        show,
+        events,
+        run,
+        export,
+        import_vtpm,
+        migrate,
+        receive,
+        adopt,
+        peer,
+    ),
     *(platform, authority),
     *(policy, recovery_key, recover, image, shutdown, completion),
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import click
 
 from vtpm.cli.output import Output, print_json, print_line, print_table, progress
 from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
 from vtpm.errors import NotFoundError, UsageError
+from vtpm.tpm.types import TpmVersion
 from vtpm.wire.api import DomainName
-from vtpm.wire.api_migrations import Migration
+from vtpm.wire.api_migrations import Guest, Migration, Phase, ReceiveVtpm
 
 _WHAT = {
     "absent": "is not here",
@@ -27,6 +30,7 @@ _WHAT = {
     type=click.Choice([domain.value for domain in DomainName]),
     help="What it is to live in there; without, what it lives in here.",
 )
+@click.option("--live", is_flag=True, help="Let it leave with its guest, which you then migrate; see also --qmp.")
 @click.option("--status", is_flag=True, help="Show what has moved or is on its way: of NAME, or all.")
 @click.option("--abort", is_flag=True, help="Take back what is frozen on its way; never what has moved.")
 @click.option("--discard", is_flag=True, help="Destroy what is inert here: it is its source's, or nobody's.")
@@ -38,18 +42,19 @@ def migrate(
     name: str | None,
     to: str | None,
     domain: str | None,
+    live: bool,
     status: bool,
     abort: bool,
     discard: bool,
     yes: bool,
 ) -> None:
-    """Move the stopped vTPM NAME to another host, which has to prove first what it is.
+    """Move the vTPM NAME to another host, which has to prove first what it is: stopped, or with its guest.
 
     At most one of the two hosts can ever run it. Once it has moved it cannot be taken back; it moves back.
     """
-    if [to is not None, status, abort, discard].count(True) != 1 or (domain is not None and to is None):
+    if [to is not None, status, abort, discard].count(True) != 1 or ((domain or live) and to is None):
         raise UsageError(
-            "a migration needs one of --to, --status, --abort and --discard; --domain goes with --to",
+            "a migration needs one of --to, --status, --abort and --discard; --domain and --live go with --to",
             next_step="See vtpm migrate --help",
         )
     with session.connect() as manager:
@@ -70,6 +75,9 @@ def migrate(
             done = manager.discard_arrival(name)
         elif to is None:
             done = manager.abort_migration(name)
+        elif live:
+            with progress(f"Preparing {name} for {to}: both hosts prove what they are", session.output):
+                done = manager.migrate(name, to, DomainName(domain) if domain else None, Guest.FOREIGN)
         else:
             with progress(
                 f"Moving {name} to {to}: both hosts prove what they are, then its state goes", session.output
@@ -95,9 +103,64 @@ def adopt(session: Session, name: str, source_is_lost: bool, yes: bool) -> None:
     _print(done, session.output)
 
 
+@click.command()
+@name_argument
+@click.option("--uuid", type=click.UUID, required=True, help="The vTPM's uuid, as vtpm show says it where it is now.")
+@click.option(
+    "--tpm-version",
+    type=click.Choice([version.value for version in TpmVersion]),
+    default=TpmVersion.V2_0.value,
+    show_default=True,
+    help="TPM specification that it follows.",
+)
+@click.option(
+    "--domain",
+    type=click.Choice([domain.value for domain in DomainName]),
+    default=DomainName.PROCESS.value,
+    show_default=True,
+    help="What it is to live in here.",
+)
+@click.option("--vm-uuid", type=click.UUID, help="The VM that it has to be bound to.")
+@click.option("--owner", metavar="UID:GID", help="Whose it is to be here; without, yours.")
+@json_option
+@pass_session
+def receive(
+    session: Session,
+    name: str,
+    uuid: UUID,
+    tpm_version: str,
+    domain: str,
+    vm_uuid: UUID | None,
+    owner: str | None,
+) -> None:
+    """Have an instance wait for the vTPM NAME, which is to arrive here with its guest.
+
+    Start the guest's QEMU on its control socket, with -incoming defer and -S; then have the guest migrated.
+    """
+    wanted = ReceiveVtpm(uuid, TpmVersion(tpm_version), DomainName(domain), vm_uuid, _owner(owner))
+    with session.connect() as manager, progress(f"Preparing for {name}", session.output):
+        vtpm = manager.receive(name, wanted)
+    if session.output is Output.JSON:
+        print_json(vtpm)
+        return
+    print_line(f"{vtpm.name} is expected; for QEMU: -chardev socket,path={vtpm.control_socket}")
+
+
+def _owner(owner: str | None) -> tuple[int, int] | None:
+    if owner is None:
+        return None
+    uid, _, gid = owner.partition(":")
+    if not (uid.isdecimal() and gid.isdecimal()):
+        raise UsageError(f"{owner!r} is no owner", next_step="Give it as two numbers: --owner UID:GID")
+    return int(uid), int(gid)
+
+
 def _print(migration: Migration, output: Output) -> None:
     if output is Output.JSON:
         print_json(migration)
+        return
+    if migration.phase is Phase.READY:
+        print_line(f"{migration.name} may leave for {migration.peer} with its guest: migrate it now, with return-path")
         return
     print_line(f"{migration.name} {_WHAT[migration.right].format(peer=migration.peer)}, epoch {migration.epoch}")
 

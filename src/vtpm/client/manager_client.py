@@ -47,7 +47,7 @@ from vtpm.wire.api import (
     Vtpm,
 )
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
-from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
+from vtpm.wire.api_migrations import AdoptVtpm, Guest, MigrateVtpm, Migration, ReceiveVtpm
 from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
 from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment, PlatformFile
 from vtpm.wire.paths import default_run_dir
@@ -76,6 +76,7 @@ Body: TypeAlias = (
     | AllowImage
     | RetireImage
     | MigrateVtpm
+    | ReceiveVtpm
     | AdoptVtpm
     | AddPeer
     | NewEnrolment
@@ -219,11 +220,12 @@ class ManagerClient:
         answer = self._request("POST", f"{_path_of(name)}/export", to)
         return decode(ExportedVtpm, answer, "the backup")
 
-    def migrate(self, name: str, to: str, domain: DomainName | None = None) -> Migration:
-        """Move a stopped vTPM to a peer; returns once it is there.
+    def migrate(self, name: str, to: str, domain: DomainName | None = None, guest: Guest = Guest.NONE) -> Migration:
+        """Move a stopped vTPM to a peer, and return once it is there; or let one that runs leave with its guest.
 
         Args:
             domain: what it is to live in there; None: what it lives in here, if the peer has such.
+            guest: what it moves with; with any, it returns when the peer has proven itself and the guest may go.
         Raises:
             AttestationError: the peer is not what policy asks for; the vTPM is as it was.
             ConflictError: it is not stopped, or the peer does not take it; it is as it was.
@@ -232,10 +234,30 @@ class ManagerClient:
         answer = self._request(
             "POST",
             f"{_path_of(name)}/migrate",
-            MigrateVtpm(to, domain),
+            MigrateVtpm(to, domain, guest),
             read_s=max(self.timeout_s, MIGRATION_TIMEOUT_S),
         )
         return decode(Migration, answer, "the migration")
+
+    def arrived(self, name: str) -> Migration:
+        """Say that the guest of a vTPM has arrived at its destination and is paused there; returns once it may go on.
+
+        Raises:
+            ConflictError: no such move is under way.
+            UnavailableError: the destination does not answer.
+        """
+        path = f"{_path_of(name)}/migrate/arrived"
+        answer = self._request("POST", path, read_s=max(self.timeout_s, MIGRATION_TIMEOUT_S))
+        return decode(Migration, answer, "the migration")
+
+    def receive(self, name: str, wanted: ReceiveVtpm) -> Vtpm:
+        """Have an instance wait for a vTPM that is to arrive with its guest, whose emulator is to be started on it.
+
+        Raises:
+            ConflictError: there is a vTPM of this name or uuid, or it is expected already.
+        """
+        answer = self._request("POST", f"{_path_of(name)}/receive", wanted, read_s=max(self.timeout_s, LOOK_TIMEOUT_S))
+        return decode(Vtpm, answer, "the vTPM")
 
     def abort_migration(self, name: str) -> Migration:
         """Take back a vTPM that is frozen on its way. Raises ConflictError: it is not, or has moved."""

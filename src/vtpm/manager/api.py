@@ -41,7 +41,7 @@ from vtpm.wire.api import (
     Vtpm,
 )
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launches, RetireImage
-from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration
+from vtpm.wire.api_migrations import AdoptVtpm, MigrateVtpm, Migration, ReceiveVtpm
 from vtpm.wire.api_peers import AddPeer, HostCertificate, PeerInfo
 from vtpm.wire.api_platform import EnrolledPlatform, Enrolment, KeepCertificate, NewEnrolment, PlatformFile
 
@@ -181,6 +181,14 @@ def make_app(
     @app.post("/v1/vtpms/{name:path}/migrate", dependencies=vault)
     async def migrate(name: str, who: By, wanted: MigrateVtpm) -> Migration:
         return await migrations.migrate(name, wanted, who)
+
+    @app.post("/v1/vtpms/{name:path}/migrate/arrived", dependencies=vault)
+    async def arrived(name: str, who: By) -> Migration:
+        return await migrations.arrived(name, who)
+
+    @app.post("/v1/vtpms/{name:path}/receive", dependencies=vault)
+    async def receive(name: str, who: By, wanted: ReceiveVtpm) -> Vtpm:
+        return await migrations.receive_guest(name, wanted, who)
 
     @app.post("/v1/vtpms/{name:path}/migrate/abort", dependencies=vault)
     async def abort(name: str, who: By) -> Migration:

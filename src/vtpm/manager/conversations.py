@@ -63,13 +63,13 @@ class Conversations:
     Args:
         mover: decides, blocking.
         threads: for its calls.
-        settled: called after each of them: what is held of the vTPM may be another by now.
     """
 
-    def __init__(self, mover: Mover, threads: CallThreads, settled: Callable[[VtpmId], None]) -> None:
+    def __init__(self, mover: Mover, threads: CallThreads) -> None:
         self.mover = mover
+        self.settled: Callable[[VtpmId], None] = lambda _: None
+        """Called after each call: what is held of the vTPM may be another by now."""
         self._threads = threads
-        self._settled = settled
         self._turns: dict[VtpmId, _Turn] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -87,7 +87,7 @@ class Conversations:
             async with turn.lock:
                 return await self._threads.run(call, *args)
         finally:
-            self._settled(vtpm_id)
+            self.settled(vtpm_id)
             turn.takers -= 1
             if not turn.takers:
                 # A peer may name vTPMs without end.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from vtpm.errors import ConflictError, StateError, UnavailableError
 from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.storage import VaultDoor
+from vtpm.migration.mover import Place
 from vtpm.migration.payload import Payload
 from vtpm.secret import Secret
 from vtpm.tpm.types import VtpmId
@@ -19,10 +20,21 @@ from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.vault.store import Store
 from vtpm.wire.keeper_client import KeeperClient
 from vtpm.wire.launcher import LauncherStatus, NoArgs
+from vtpm.wire.migration import Mode
 
 PATIENCE_S = 30.0
 """How long the manager's loop, store or launcher may take; a hardware TPM's anchor is among it."""
 T = TypeVar("T")
+
+
+class Waiting(Protocol):
+    """Instances that wait for vTPMs with their guests."""
+
+    def expects(self, vtpm_id: VtpmId) -> bool:
+        """Whether one waits for this vTPM."""
+
+    def place(self, payload: Payload, mode: Mode) -> Place:
+        """Return the place of one that arrives so. Raises VtpmError: there is none, or it is another's."""
 
 
 class HostGround:
@@ -33,7 +45,10 @@ class HostGround:
         door: to the vault.
         keeper: of the mover's threads alone.
         launcher: asked which kinds of domain there are.
+        waiting: set before anything is asked.
     """
+
+    waiting: Waiting
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, door: VaultDoor, keeper: KeeperClient, launcher: LauncherLink
@@ -60,8 +75,8 @@ class HostGround:
 
     def place(self, payload: Payload, mode: Mode) -> Place:
         """Return the place that waits for it with its guest; or its kind, or the first of its make that is here."""
-        if mode is not Mode.STOPPED or self.waits(payload.vtpm.vtpm_id):
-            return self.waiting_place(payload, mode)
+        if mode is not Mode.STOPPED or self.waiting.expects(payload.vtpm.vtpm_id):
+            return self.waiting.place(payload, mode)
         status: LauncherStatus = self._ask(lambda: self._launcher.call("status", NoArgs()), "the launcher")[0]
         kinds: tuple[DomainKind, ...] = (payload.kind, *DomainKind)
         for kind in kinds:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -34,6 +34,7 @@ from vtpm.vault.launch_policy import (
     version_text,
 )
 from vtpm.vault.records import DomainKind, Event, VtpmRecord
+from vtpm.vault.rules import INERT
 from vtpm.vault.store import Store
 from vtpm.wire.api_images import AllowedImage, AllowImage, Image, Launch, Launches, RetireImage
 from vtpm.wire.call_threads import CallThreads
@@ -84,6 +85,8 @@ class ImageService:
         self._running = running
         self._new = new
         self._starting: dict[VtpmId, tuple[str, _Key]] = {}
+        self.waiting: Callable[[], Iterable[tuple[str, str, str]]] = tuple
+        """Name, kind and measurement of each vTPM whose instance waits for it to arrive. Set once."""
 
     # -- before state is handed out ---------------------------------------------------------------------------------
     @contextlib.asynccontextmanager
@@ -235,7 +238,9 @@ class ImageService:
             for running in self._running.values()
             if (running.record.domain.value, running.info.measurement) == key
         ]
-        return sorted({*running, *(name for name, starting in self._starting.values() if starting == key)})
+        starting = (name for name, starting in self._starting.values() if starting == key)
+        waiting = (name for name, *waiting in self.waiting() if tuple(waiting) == key)
+        return sorted({*running, *starting, *waiting})
 
     def _describe(self, image: LaunchImage) -> Image:
         return Image(
@@ -251,7 +256,9 @@ class ImageService:
 
 def _admit(record: VtpmRecord, image: LaunchImage, new: NewImages, store: Store) -> bool:
     """Let an image run a vTPM; return whether it was put into the list for that."""
-    check_engine(record.name, _needs(record.id, store), image)
+    if record.lifecycle != INERT:
+        # Of one that is to arrive nothing is here yet; its engine is held against it when it comes.
+        check_engine(record.name, _needs(record.id, store), image)
     return _put_unknown(image, new, store)
 
 

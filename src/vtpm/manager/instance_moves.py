@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from vtpm.errors import ConflictError, StoreError, UnavailableError, VtpmError
-from vtpm.tpm.types import MAX_SEALED_BYTES, StateKind
+from vtpm.tpm.types import MAX_SEALED_BYTES, InstanceId, StateKind, VtpmId
 from vtpm.wire.manager_link import (
     Activated,
     Arrive,
@@ -54,6 +54,64 @@ class MoveCalls:
 
 NO_MOVE = MoveCalls()
 """Everything is refused."""
+
+
+class LiveMoves(Protocol):
+    """Decides about vTPMs that move with their guests. Errors as of MoveCalls."""
+
+    async def depart(self, vtpm_id: VtpmId, instance_id: InstanceId, volatile: bytes) -> bytes:
+        """See MoveCalls."""
+
+    async def take_back(self, vtpm_id: VtpmId) -> None:
+        """See MoveCalls."""
+
+    async def arrive(self, vtpm_id: VtpmId, sealed: bytes) -> Mapping[StateKind, bytes]:
+        """See MoveCalls."""
+
+    def wanted(self, vtpm_id: VtpmId) -> None:
+        """See MoveCalls."""
+
+    def expects(self, vtpm_id: VtpmId) -> bool:
+        """Whether an instance waits here for this vTPM, or has it inert."""
+
+    async def ended(self, vtpm_id: VtpmId, instance_id: InstanceId, how: str) -> None:
+        """An instance that waited, or had it inert, is no more."""
+
+    async def take_up(self) -> None:
+        """Take up the instances whose vTPMs are frozen or inert, as a manager before this one has left them."""
+
+
+class NotYet:
+    """Stands for LiveMoves until it is there: who asks is told to ask again."""
+
+    async def depart(self, vtpm_id: VtpmId, instance_id: InstanceId, volatile: bytes) -> bytes:
+        """Raises UnavailableError."""
+        raise _not_yet()
+
+    async def take_back(self, vtpm_id: VtpmId) -> None:
+        """Raises UnavailableError."""
+        raise _not_yet()
+
+    async def arrive(self, vtpm_id: VtpmId, sealed: bytes) -> Mapping[StateKind, bytes]:
+        """Raises UnavailableError."""
+        raise _not_yet()
+
+    def wanted(self, vtpm_id: VtpmId) -> None:
+        """Nobody waits here, or it asks again when it is taken up."""
+
+    def expects(self, vtpm_id: VtpmId) -> bool:
+        """Nothing is expected."""
+        return False
+
+    async def ended(self, vtpm_id: VtpmId, instance_id: InstanceId, how: str) -> None:
+        """Nothing was expected."""
+
+    async def take_up(self) -> None:
+        """Nothing is taken up yet."""
+
+
+def _not_yet() -> UnavailableError:
+    return UnavailableError("the manager has just begun, and does not move vTPMs yet")
 
 
 class InstanceMoves:

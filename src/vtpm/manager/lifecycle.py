@@ -25,6 +25,8 @@ class Happening(enum.Enum):
     ENGINE_FAILED = "note that its TPM failed"
     EXPORT = "export it"
     MIGRATE = "migrate it"
+    LEAVE = "let it leave with its guest"
+    DEPART = "freeze it, as its guest leaves"
     DELETE = "delete it"
 
 
@@ -53,6 +55,8 @@ TRANSITIONS: Mapping[tuple[LifeState, Happening], LifeState] = {
     (LifeState.STOPPING, Happening.ENGINE_FAILED): LifeState.STOPPING,
     (LifeState.STOPPED, Happening.EXPORT): LifeState.STOPPED,
     (LifeState.STOPPED, Happening.MIGRATE): LifeState.STOPPED,
+    (LifeState.RUNNING, Happening.LEAVE): LifeState.RUNNING,
+    (LifeState.RUNNING, Happening.DEPART): LifeState.FROZEN,
     (LifeState.STOPPED, Happening.DELETE): LifeState.STOPPED,
 }
 
@@ -62,8 +66,8 @@ CRASH_RULES: Mapping[LifeState, str] = {
     LifeState.RUNNING: "an instance that the launcher has is taken up again; with none, stopped",
     LifeState.FAILED: "as running; the instance goes on failing until its guest resets",
     LifeState.STOPPING: "the instance, if any, is ended; then stopped",
-    LifeState.FROZEN: "stays frozen until the move is decided: its destination is asked",
-    LifeState.INERT: "stays inert until the move is decided: its source is asked",
+    LifeState.FROZEN: "stays frozen until the move is decided: its destination is asked; its instance is taken up",
+    LifeState.INERT: "stays inert until the move is decided: its source is asked; its instance is taken up",
 }
 
 

@@ -14,17 +14,19 @@ from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
-from vtpm.errors import AttestationError, ConflictError, ProtocolError, UnavailableError, VtpmError
+from vtpm.errors import AttestationError, ConflictError, ProtocolError, UnavailableError, UsageError, VtpmError
 from vtpm.manager.access import Caller
-from vtpm.manager.conversations import Conversations, Parties
+from vtpm.manager.conversations import Conversations, Parties, Party
+from vtpm.manager.guest_moves import GuestMoves
 from vtpm.manager.lifecycle import Happening
 from vtpm.manager.service import ManagerService
 from vtpm.migration.mover import Channel
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.holding import KnownVtpm, Right
-from vtpm.vault.records import DomainKind
+from vtpm.vault.records import DomainKind, VtpmRecord
 from vtpm.wire.allowance import Allowance
-from vtpm.wire.api_migrations import MigrateVtpm, Migration, Phase
+from vtpm.wire.api import Vtpm
+from vtpm.wire.api_migrations import Guest, MigrateVtpm, Migration, Phase, ReceiveVtpm
 from vtpm.wire.migration import (
     Direction,
     MigrationMessage,
@@ -47,6 +49,7 @@ FOLLOW_UP_S = 150.0
 MAX_TROUBLES = 1024
 _FOR_PEERS = (ConflictError, AttestationError, ProtocolError)
 """What a peer hears in our own words; the rest has names of files, and what is wrong with them."""
+_MODES = {Guest.FOREIGN: Mode.FOREIGN, Guest.DRIVEN: Mode.DRIVEN}
 _UNDECIDED = (Right.FROZEN, Right.INERT)
 _log = logging.getLogger("vtpm.manager")
 
@@ -66,6 +69,7 @@ class MigrationService:
     Args:
         vtpms: whose vTPMs these are.
         talk: with the peers.
+        guests: moves that go with them.
         parties: whom this host knows.
         remind_s: how long an attempt that is not over is left alone before the peer is asked again.
     """
@@ -74,12 +78,14 @@ class MigrationService:
         self,
         vtpms: ManagerService,
         talk: Conversations,
+        guests: GuestMoves,
         parties: Parties,
         remind_s: float,
     ) -> None:
         self._vtpms = vtpms
         self._talk = talk
         self._mover = talk.mover
+        self._guests = guests
         self._parties = parties
         self._remind_s = remind_s
         self._bounds: dict[str, _Bounds] = {}
@@ -92,7 +98,7 @@ class MigrationService:
 
     # -- what operators ask ------------------------------------------------------------------------------------------
     async def migrate(self, name: str, wanted: MigrateVtpm, caller: Caller) -> Migration:
-        """Move a stopped vTPM to a peer.
+        """Move a stopped vTPM to a peer; or let one that runs leave with its guest.
 
         Raises:
             ConflictError: it cannot leave in the state that it is in, or the peer does not take it; it is as it was.
@@ -101,15 +107,11 @@ class MigrationService:
         """
         caller.require_admin("move vTPMs")
         party = await self._parties.find(wanted.to)
+        if wanted.guest is not Guest.NONE:
+            return await self._let_leave(name, wanted, party, caller)
         async with self._vtpms.held(name, caller, Happening.MIGRATE) as record:
             try:
-                self._phases[record.id] = Phase.PROVING
-                sends = await self._talk.run(
-                    record.id, self._mover.propose, record, party.name, Mode.STOPPED, party.channel
-                )
-                reason = await self._talk.converse(record.id, party, sends)
-                if not self._mover.has_proof(record.id):
-                    raise ConflictError(f"{party.name} does not take vTPM {name}: {reason or 'it has made no offer'}")
+                await self._prove(record, party, Mode.STOPPED)
                 # As it is by now: nobody starts it from here on.
                 record = await self._vtpms.door.run(lambda store: store.get_vtpm(record.id))
                 if wanted.domain is not None:
@@ -121,31 +123,87 @@ class MigrationService:
                 self._phases.pop(record.id, None)
                 self._mover.forget(record.id)
             await self._vtpms.audit.came()
-        known = await self._known(record.id)
+        return await self._moved(record.id, name, party.name, reason)
+
+    async def _let_leave(self, name: str, wanted: MigrateVtpm, party: Party, caller: Caller) -> Migration:
+        if wanted.domain is not None:
+            raise UsageError(
+                "what a vTPM is to live in is said where its guest is expected",
+                next_step="See vtpm receive --help there",
+            )
+        async with self._vtpms.held(name, caller, Happening.LEAVE) as record:
+            self._guests.departures.withdraw(record.id)
+            try:
+                await self._prove(record, party, _MODES[wanted.guest])
+                self._guests.departures.grant(record.id, party.name, caller.uid)
+            except VtpmError:
+                self._mover.forget(record.id)
+                raise
+            finally:
+                self._phases.pop(record.id, None)
+        return self._describe(await self._known(record.id))
+
+    async def _prove(self, record: VtpmRecord, party: Party, mode: Mode) -> None:
+        """Have both hosts show each other what they are. Raises ConflictError: the peer does not take the vTPM."""
+        self._phases[record.id] = Phase.PROVING
+        sends = await self._talk.run(record.id, self._mover.propose, record, party.name, mode, party.channel)
+        reason = await self._talk.converse(record.id, party, sends)
+        if not self._mover.has_proof(record.id):
+            raise ConflictError(f"{party.name} does not take vTPM {record.name}: {reason or 'it has made no offer'}")
+
+    async def arrived(self, name: str, caller: Caller) -> Migration:
+        """Release a vTPM whose guest has arrived at the destination and is paused there; again does no harm.
+
+        Raises:
+            ConflictError: no such move is under way, or the destination has nothing of it.
+            UnavailableError: the destination does not answer; it is asked again by itself.
+        """
+        caller.require_admin("move vTPMs")
+        known = await self._find(name)
+        if known.holding.right is Right.MOVED:
+            return self._describe(known)
+        party = await self._parties.find(known.holding.peer)
+        sends = await self._talk.run(known.vtpm_id, self._mover.arrived, known.vtpm_id)
+        reason = await self._talk.deliver(known.vtpm_id, party, sends)
+        await self._vtpms.audit.came()
+        return await self._moved(known.vtpm_id, name, party.name, reason)
+
+    async def _moved(self, vtpm_id: VtpmId, name: str, peer: str, reason: str) -> Migration:
+        known = await self._known(vtpm_id)
         if known.holding.right is Right.MOVED:
             return self._describe(known)
         if known.holding.right is Right.FROZEN:
             self._undecided.set()
             raise UnavailableError(
-                f"vTPM {name} is frozen: {party.name} has not said whether it has stored it ({reason})",
+                f"vTPM {name} is frozen: {peer} has not said whether it has stored it ({reason})",
                 next_step="It is asked again by itself: see vtpm migrate --status, or take it back with --abort",
             )
         raise ConflictError(f"vTPM {name} has not moved: {reason or 'the move was aborted'}")
+
+    async def receive_guest(self, name: str, wanted: ReceiveVtpm, caller: Caller) -> Vtpm:
+        """Have an instance wait for a vTPM that is to arrive with its guest. See Arrivals.receive."""
+        return await self._guests.arrivals.receive(name, wanted, caller)
 
     async def list(self, caller: Caller) -> Sequence[Migration]:
         """Return what is held of each vTPM that has moved, or is moving."""
         caller.require_admin("see migrations")
         known = await self._vtpms.door.run(lambda store: store.list_holdings())
         found = {one.vtpm_id: one for one in known}
-        for vtpm_id in self._phases.keys() - found.keys():
+        for vtpm_id in (self._phases.keys() | self._guests.departures.tickets().keys()) - found.keys():
             found[vtpm_id] = await self._known(vtpm_id)
-        return [self._describe(one) for one in sorted(found.values(), key=lambda one: one.name)]
+        described = {vtpm_id: self._describe(one) for vtpm_id, one in found.items()}
+        for record in self._guests.arrivals.expected():
+            # Of those that were here before, too: what is expected is news.
+            described[record.id] = _expected(record)
+        return sorted(described.values(), key=lambda one: one.name)
 
     async def abort(self, name: str, caller: Caller) -> Migration:
-        """Take a frozen vTPM back at its source."""
+        """Take a frozen vTPM back at its source, or the permission to leave with its guest."""
         caller.require_admin("abort migrations")
         known = await self._find(name)
         if known.holding.right is Right.HELD:
+            if self._guests.departures.withdraw(known.vtpm_id):
+                return self._describe(known)
             if known.vtpm_id in self._phases:
                 raise ConflictError(
                     f"vTPM {name} is being offered to a peer, and has not left", next_step="Wait until that has ended"
@@ -169,6 +227,9 @@ class MigrationService:
     async def discard(self, name: str, caller: Caller) -> Migration:
         """Destroy an inert vTPM, by the operator's word that it is, or is to be, its source's alone."""
         caller.require_admin("discard vTPMs")
+        expected = await self._guests.arrivals.give_up(name, caller)
+        if expected is not None:
+            return self._describe(await self._known(expected.id))
         return await self._decide(name, self._mover.discard, caller)
 
     async def _decide(self, name: str, decision: Callable[[VtpmId, int], None], caller: Caller) -> Migration:
@@ -192,8 +253,14 @@ class MigrationService:
             raise UnavailableError(f"{peer} says too much at once", next_step="Try again in a minute")
         await self._vtpms.door.opened()
         message = _decoded(body)
-        if isinstance(message, Propose) and not bounds.proposals.take():
-            raise UnavailableError(f"{peer} proposes too many vTPMs at once", next_step="Try again in a minute")
+        if isinstance(message, Propose):
+            if not bounds.proposals.take():
+                raise UnavailableError(f"{peer} proposes too many vTPMs at once", next_step="Try again in a minute")
+            if message.mode is not Mode.STOPPED and not self._guests.expects(vtpm_id):
+                raise ConflictError(
+                    "no instance waits there for the vTPM and its guest",
+                    next_step=f"Have one wait, on that host: vtpm receive NAME --uuid {vtpm_id}",
+                )
         try:
             sends = await self._talk.run(vtpm_id, self._mover.receive, vtpm_id, peer, message, channel)
         except VtpmError as error:
@@ -227,7 +294,8 @@ class MigrationService:
             return
         undecided: dict[str, list[KnownVtpm]] = {}
         for one in known:
-            if not _is_over(one) and one.vtpm_id not in self._phases:
+            passing = one.vtpm_id in self._phases or self._guests.departures.is_passing(one.vtpm_id)
+            if not _is_over(one) and not passing:
                 undecided.setdefault(one.holding.peer, []).append(one)
         for peer in undecided.keys() - self._followed.keys():
             # A peer that takes its time, or is gone, keeps nobody else's waiting.
@@ -275,17 +343,31 @@ class MigrationService:
         record = await self._vtpms.door.run(lambda store: store.find_vtpm(name))
         return await self._known(record.id)
 
+    def _phase(self, known: KnownVtpm) -> Phase:
+        if known.vtpm_id in self._phases:
+            return self._phases[known.vtpm_id]
+        if known.holding.right is Right.HELD and self._guests.departures.ticket(known.vtpm_id) is not None:
+            return Phase.READY
+        if self._guests.departures.is_passing(known.vtpm_id):
+            return Phase.SENDING
+        return Phase.OVER if _is_over(known) else Phase.UNDECIDED
+
     def _describe(self, known: KnownVtpm) -> Migration:
         holding = known.holding
+        ticket = self._guests.departures.ticket(known.vtpm_id) if holding.right is Right.HELD else None
         return Migration(
             uuid=UUID(str(known.vtpm_id)),
             name=known.name,
             right=holding.right.value,
             epoch=holding.epoch,
-            peer=holding.peer,
-            phase=self._phases.get(known.vtpm_id, Phase.OVER if _is_over(known) else Phase.UNDECIDED),
+            peer=ticket.peer if ticket is not None else holding.peer,
+            phase=self._phase(known),
             trouble="" if _is_over(known) else self._troubles.get(known.vtpm_id, ""),
         )
+
+
+def _expected(record: VtpmRecord) -> Migration:
+    return Migration(UUID(str(record.id)), record.name, Right.ABSENT.value, 0, "", Phase.EXPECTED, "")
 
 
 def _is_over(known: KnownVtpm) -> bool:

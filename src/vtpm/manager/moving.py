@@ -14,6 +14,7 @@ from vtpm.manager.attester import PlatformAttester
 from vtpm.manager.conversations import Conversations
 from vtpm.manager.enrolment import EnrolmentService
 from vtpm.manager.ground import HostGround
+from vtpm.manager.guest_moves import GuestMoves
 from vtpm.manager.measured import services_of_boot
 from vtpm.manager.migrations import MigrationService
 from vtpm.manager.peering import Peering
@@ -44,8 +45,12 @@ class Moving:
             keeper, layout.platform_dir, partial(services_of_boot, config), config.platform_policy, config.authorities
         )
         self.peering = Peering(layout.peers_dir, KeeperClient(config.run_dir), vtpms.audit.append)
-        talk = Conversations(Mover(ground, attester), CallThreads("mover", THREADS), vtpms.look_again)
-        self.migrations = MigrationService(vtpms, talk, self.peering, config.migration_retry_s)
+        talk = Conversations(Mover(ground, attester), CallThreads("mover", THREADS))
+        self._guests = GuestMoves(vtpms, talk, self.peering)
+        ground.waiting = self._guests.arrivals
+        vtpms.live_moves = self._guests
+        vtpms.images.waiting = self._guests.arrivals.images
+        self.migrations = MigrationService(vtpms, talk, self._guests, self.peering, config.migration_retry_s)
         self.enrolment = EnrolmentService(
             layout.platform_dir,
             keeper,
@@ -59,15 +64,20 @@ class Moving:
 
     def begin(self) -> None:
         """Follow up what is not decided, and let peers in."""
-        self._begin(self.migrations.follow())
+        self._begin(self._follow())
         if self._listener is not None:
             self._begin(self.peering.serve(self._listener, self.migrations))
+
+    async def _follow(self) -> None:
+        await self._guests.take_up()
+        await self.migrations.follow()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.get_running_loop().create_task(work))
 
     async def end(self) -> None:
         """Let go of everything."""
+        self._guests.close()
         for task in self._tasks:
             task.cancel()
         for done in await asyncio.gather(*self._tasks, return_exceptions=True):

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -26,13 +26,12 @@ from vtpm.manager.audit_log import AuditLog
 from vtpm.manager.health import Health
 from vtpm.manager.images import ImageService
 from vtpm.manager.instance_link import InstanceLink
-from vtpm.manager.instance_moves import MoveCalls
+from vtpm.manager.instance_moves import LiveMoves, MoveCalls, NotYet
 from vtpm.manager.launcher_link import LauncherLink
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.running import Running, event_of
 from vtpm.manager.storage import Storage, VaultDoor
-from vtpm.tpm.types import InstanceId, Startup, VtpmId
-from vtpm.vault.holding import Right
+from vtpm.tpm.types import InstanceId, Startup, StateKind, VtpmId
 from vtpm.vault.launch_policy import NewImages
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord, valid_name
 from vtpm.vault.store import Store
@@ -107,6 +106,9 @@ class ManagerService:
         self._turns: dict[VtpmId, asyncio.Lock] = {}
         # Instances that died before this manager, which has just begun, followed their vTPMs.
         self._died_early: set[InstanceId] = set()
+        self.live_moves: LiveMoves = NotYet()
+        """Set once, when what moves vTPMs has been loaded."""
+        self._passing: dict[VtpmId, VtpmRecord] = {}
         self._closing = False
 
     # -- start and end of the manager -------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ class ManagerService:
         why = dict(zip(alive, ends, strict=True))
         self._died_early.clear()
         for record in records.values():
-            if record.id in self.running:
+            if record.id in self.running or record.id in self._passing:
                 continue
             try:
                 # As it is by now: a peer's word may have moved it while the launcher was asked.
@@ -177,10 +179,17 @@ class ManagerService:
             if LifeState(current.lifecycle) not in _MOVABLE:
                 self._states[record.id] = LifeState(current.lifecycle)
             await self._settle_read(current, why.get(record.id) or "no instance was found when the manager started")
+        self._spawn(self.live_moves.take_up())
 
     async def _take_up_or_end(self, vtpm_id: VtpmId, record: VtpmRecord | None) -> str:
         """Take an instance up, or end it and say why."""
         how = ""
+        if self.live_moves.expects(vtpm_id):
+            return ""
+        if record is not None and record.lifecycle in (LifeState.FROZEN, LifeState.INERT) and record.instance_id:
+            # Its guest is on its way, and so is what becomes of it.
+            self._passing[vtpm_id] = record
+            return ""
         if record is not None and LifeState(record.lifecycle) in (LifeState.RUNNING, LifeState.FAILED):
             try:
                 await self._take_up(record)
@@ -190,6 +199,24 @@ class ManagerService:
                 _log.error("%s: its instance cannot be taken up again: %s", record.name, error)
         await self._end_instance(vtpm_id)
         return how
+
+    def left_passing(self) -> Sequence[VtpmRecord]:
+        """Return, once, the frozen and inert vTPMs whose instances an earlier manager has left running."""
+        passing, self._passing = self._passing, {}
+        return list(passing.values())
+
+    async def take_up_frozen(self, record: VtpmRecord) -> None:
+        """Take up the instance of a frozen vTPM. Raises VtpmError: it is not there, or not to be; it is ended."""
+        try:
+            await self._take_up(record)
+        except VtpmError as error:
+            await self.end_passing(record, f"it was ended when the manager started: {error.message}")
+            raise
+
+    async def end_passing(self, record: VtpmRecord, how: str) -> None:
+        """End the instance of a frozen or inert vTPM, which stays what it is."""
+        await self._end_instance(record.id)
+        await self._settle_record(record, how)
 
     async def _take_up(self, record: VtpmRecord) -> None:
         info, link_socket = await self._attach(record, record.instance_id)
@@ -285,7 +312,7 @@ class ManagerService:
 
         Not of one that is being started, stopped or runs: no move changes it, and the store may be behind.
         """
-        if self._states.get(vtpm_id) in _MOVABLE:
+        if vtpm_id not in self.running and self._states.get(vtpm_id) in _MOVABLE:
             del self._states[vtpm_id]
 
     async def list(self, after: str, limit: int, caller: Caller) -> Sequence[Vtpm]:
@@ -457,7 +484,30 @@ class ManagerService:
             _log.error("the instance of vTPM %s was not ended: %s", vtpm_id, error)
 
     def _follow(self, record: VtpmRecord, info: InstanceInfo, link_socket: socket.socket) -> Running:
-        link = InstanceLink(
+        return self._run_as(record, info, self.link(record, info, link_socket))
+
+    def _run_as(self, record: VtpmRecord, info: InstanceInfo, link: InstanceLink) -> Running:
+        running = Running(record, info, link)
+        self.running[record.id] = running
+        return running
+
+    def link(self, record: VtpmRecord, info: InstanceInfo, link_socket: socket.socket) -> InstanceLink:
+        """Return the manager's end of an instance's link. What it says is followed once it runs."""
+
+        # Asked each time, for an instance may be taken up before what moves vTPMs has been loaded.
+        async def depart(volatile: bytes) -> bytes:
+            return await self.live_moves.depart(record.id, info.instance_id, volatile)
+
+        async def take_back() -> None:
+            await self.live_moves.take_back(record.id)
+
+        async def arrive(sealed: bytes) -> Mapping[StateKind, bytes]:
+            return await self.live_moves.arrive(record.id, sealed)
+
+        def wanted() -> None:
+            self.live_moves.wanted(record.id)
+
+        return InstanceLink(
             link_socket,
             record.name,
             record.id,
@@ -466,18 +516,82 @@ class ManagerService:
             self.door.vault,
             self._on_link_change,
             self._on_misbehaviour,
-            # A running vTPM is given to nobody yet; but one that asked while no manager was there asks to stay.
-            MoveCalls(take_back=partial(self._take_back, record.id)),
+            MoveCalls(depart, take_back, arrive, wanted),
         )
-        running = Running(record, info, link)
-        self.running[record.id] = running
-        return running
 
-    async def _take_back(self, vtpm_id: VtpmId) -> None:
-        """Let a vTPM go on here that is held here. Raises ConflictError: it is not, for good."""
-        known = await self._store(lambda store: store.holding(vtpm_id))
-        if known.holding.right is not Right.HELD:
-            raise ConflictError(f"vTPM {known.name} is {known.holding.right.value} on this host")
+    # -- vTPMs that move with their guests ----------------------------------------------------------------------------
+    def freeze(self, running: Running) -> None:
+        """A vTPM under its guest is about to be frozen in the store. Raises ConflictError: it does not run in order."""
+        record = running.record
+        self._states[record.id] = after(record.name, self._state(record), Happening.DEPART)
+
+    async def go_on(self, running: Running, record: VtpmRecord) -> None:
+        """Have a vTPM run here under its guest: one that was frozen, or about to be, and is held.
+
+        Args:
+            record: as it is in the store by now.
+        """
+        key = await self.key(record)
+        # A session is of one epoch.
+        self.door.vault.close_vtpm(record.id)
+        await asyncio.to_thread(self.door.vault.open_vtpm, record.id, key)
+        running.record = record
+        self._states[record.id] = LifeState.RUNNING
+
+    async def begin_arrived(self, record: VtpmRecord, info: InstanceInfo, link: InstanceLink) -> None:
+        """Have a vTPM run here that arrived with its guest, in the instance that had it inert."""
+        key = await self.key(record)
+        await asyncio.to_thread(self.door.vault.open_vtpm, record.id, key)
+        self._states[record.id] = LifeState.RUNNING
+        self._run_as(record, info, link)
+        link.activate()
+
+    async def let_go(self, running: Running, how: str) -> None:
+        """End the instance of a vTPM that has moved from under it."""
+        await self._end_instance(running.record.id)
+        await self._settle_end(running, how)
+
+    async def start_inert(self, record: VtpmRecord) -> tuple[InstanceInfo, InstanceLink]:
+        """Start an instance for a vTPM that is to arrive, which gets no state yet. Raises VtpmError: it was not."""
+        async with self.images.admitted(record) as measurement:
+            args = StartArgs(
+                record.id,
+                record.name,
+                record.tpm_version,
+                record.domain.value,
+                record.owner_uid,
+                record.owner_gid,
+                measurement,
+            )
+            info, fds = await self.launcher.call("start", args, START_TIMEOUT_S)
+            return info, await self._linked(record, info, _one_socket(fds))
+
+    async def attach_inert(self, record: VtpmRecord) -> tuple[InstanceInfo, InstanceLink]:
+        """Take up the instance that is bound to an inert vTPM. Raises VtpmError: it is not there, or not to be."""
+        info, fds = await self.launcher.call("attach", VtpmArgs(record.id))
+        link_socket = _one_socket(fds)
+        try:
+            if info.instance_id != record.instance_id:
+                raise ConflictError(f"the instance that vTPM {record.name} arrived at is no more")
+            await self.images.check_taken_up(record, info)
+        except VtpmError:
+            link_socket.close()
+            raise
+        return info, await self._linked(record, info, link_socket)
+
+    async def _linked(self, record: VtpmRecord, info: InstanceInfo, link_socket: socket.socket) -> InstanceLink:
+        link = self.link(record, info, link_socket)
+        try:
+            await link.ready(info.ready_within_s)
+        except VtpmError:
+            link.close()
+            await self._end_instance(record.id)
+            raise
+        return link
+
+    async def end_inert(self, vtpm_id: VtpmId) -> None:
+        """End an instance that waits for a vTPM, or has it inert."""
+        await self._end_instance(vtpm_id)
 
     # -- what happens by itself -------------------------------------------------------------------------------------
     def _on_launcher_event(self, event: str, args: Any, fds: tuple[int, ...]) -> None:
@@ -498,10 +612,18 @@ class ManagerService:
         running = self.running.get(args.vtpm_id)
         if running is not None and running.info.instance_id == args.instance_id:
             await self._settle_end(running, args.how)
+        elif running is None:
+            await self.live_moves.ended(args.vtpm_id, args.instance_id, args.how)
 
     async def _on_replaced(self, args: Replaced, link_socket: socket.socket) -> None:
         info = args.instance
         running = self.running.get(info.vtpm_id)
+        if running is None and self.live_moves.expects(info.vtpm_id):
+            # What came with the guest was in the dead one alone.
+            link_socket.close()
+            await self._end_instance(info.vtpm_id)
+            await self.live_moves.ended(info.vtpm_id, args.dead_instance_id, args.how)
+            return
         not_yet = running is None and info.vtpm_id not in self._states
         if not_yet or (running is not None and running.info.instance_id == info.instance_id):
             # A manager that has just begun: `attach` gives it the successor, or has given it already; and if it has
@@ -550,6 +672,9 @@ class ManagerService:
         self.door.vault.close_vtpm(record.id)
         try:
             await self._settle_record(record, how)
+        except NotFoundError:
+            # It has moved.
+            self._states.pop(record.id, None)
         except VtpmError as error:
             # It is gone, whatever the store says; the next start, or the next manager, brings the store after it.
             _log.error("%s: its end was not noted: %s", record.name, error)
@@ -599,6 +724,8 @@ class ManagerService:
         running = self.running.get(link.vtpm_id)
         if running is not None and running.link is link:
             self._spawn(self._end_misbehaving(running))
+        elif running is None and self.live_moves.expects(link.vtpm_id):
+            self._spawn(self._end_instance(link.vtpm_id))
 
     async def _end_misbehaving(self, running: Running) -> None:
         record = running.record

@@ -213,7 +213,8 @@ class Mover:
         It opens only if the peer whose attempt it is has sealed it; that peer hears nothing of it from here.
 
         Raises:
-            MigrationError: no attempt with a guest is under way. StateError: it is damaged, foreign or of another attempt.
+            MigrationError: no attempt with a guest is under way.
+            StateError: it is damaged, foreign or of another attempt.
         """
         incoming, _ = self._destination(vtpm_id)
         holding = self.holding(vtpm_id)

@@ -97,7 +97,7 @@ def _settle(change: Change, record: VtpmRecord, before: Holding, after: Holding)
 
 
 def _drop_volatile(change: Change, record: VtpmRecord) -> None:
-    """Forget PCRs and sessions that came with a guest: its instance has them, or it is no more. Nobody has them twice."""
+    """Forget PCRs and sessions that came with a guest: its instance has them, or is no more with them."""
     gone = change.db.execute("DELETE FROM state WHERE vtpm_id = ? AND kind = ?", (record.id.bytes, StateKind.VOLATILE))
     if gone.rowcount:
         change.db.execute("UPDATE vtpm SET state_version = state_version + 1 WHERE id = ?", (record.id.bytes,))

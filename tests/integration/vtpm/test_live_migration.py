@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from tests.support.guest import Guest, GuestConfig, Image, TpmModel, build_image
-from tests.support.guest.channel import Deadline
+from tests.support.guest.beat import begin_beat, check_beats
 from tests.support.relayed import RelayedVtpmd
 from tests.support.vtpmd import Vtpmd
 from vtpm.wire.manager_link import Arrive, Depart, LinkPower, PowerChanged, Return, Wanted
 
 LIMIT_S = 60.0
-BEAT = """
-(
-    n=0
-    while [ ! -e /tmp/stop ]; do
-        tpm2_pcrextend 16:sha256=$(printf %064x $n) 2>> /tmp/beat.errors || echo "extend $n" >> /tmp/beat.errors
-        n=$((n + 1))
-        echo $n > /tmp/beat.count
-    done
-    touch /tmp/beat.over
-) > /dev/null 2>&1 < /dev/null &
-"""
-"""Extends PCR 16 with 0, 1, 2, ... without pause, and notes each failure."""
 
 
 @dataclass
@@ -50,27 +36,6 @@ class Pair:
         return self.guest.wait_migrated(LIMIT_S)
 
 
-def beats(guest: Guest) -> int:
-    """Return how often the guest has extended its PCR so far."""
-    return int(guest.check("cat /tmp/beat.count"))
-
-
-def check_beats(guest: Guest) -> None:
-    """End the beat; the PCR holds just what was extended, and no command failed."""
-    before = beats(guest)
-    deadline = Deadline(LIMIT_S)
-    while beats(guest) < before + 3:
-        assert deadline.remaining_s(), "the guest's TPM does not go on"
-    guest.check("touch /tmp/stop; while [ ! -e /tmp/beat.over ]; do sleep 0.1; done", timeout_s=LIMIT_S)
-    assert guest.check("cat /tmp/beat.errors") == ""
-    expected = bytes(32)
-    for number in range(beats(guest)):
-        expected = sha256(expected + number.to_bytes(32, "big")).digest()
-    held = re.search(r"16\s*: 0x([0-9A-F]{64})", guest.check("tpm2_pcrread sha256:16"))
-    assert held is not None
-    assert bytes.fromhex(held[1]) == expected
-
-
 @pytest.fixture(scope="session")
 def image() -> Image:
     return build_image()
@@ -89,10 +54,7 @@ def pair(request: pytest.FixtureRequest, image: Image, tmp_path: Path) -> Iterat
             image, destination.folder / "control", TpmModel.CRB, extra_arguments=("-incoming", "defer", "-S")
         )
         with Guest(home, tmp_path / "home") as guest, Guest(away, tmp_path / "away", incoming=True) as other:
-            guest.check(BEAT)
-            deadline = Deadline(LIMIT_S)
-            while guest.run("test $(cat /tmp/beat.count) -gt 2").status:
-                assert deadline.remaining_s()
+            begin_beat(guest)
             yield Pair(source, destination, guest, other, uri)
 
 

@@ -65,6 +65,7 @@ def test_the_commands_are_those_of_the_design_when_help_is_asked(cli: Cli) -> No
     named = ["status", "create", "start", "stop", "delete", "list", "show", "events", "run", "export", "import"]
     named += [
         "migrate",
+        "receive",
         "adopt",
         "peer",
         "platform",

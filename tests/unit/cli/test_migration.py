@@ -13,7 +13,7 @@ def test_vtpm_is_moved_to_the_peer_that_is_named(cli: Cli, manager: CannedManage
     assert (ended.status, ended.out) == (0, "web1 has moved to host-b, epoch 2\n")
     assert ended.err.startswith("Moving web1 to host-b")
     assert manager.methods() == ["POST /v1/vtpms/web1/migrate"]
-    assert manager.asked[0].body == {"to": "host-b", "domain": None}
+    assert manager.asked[0].body == {"to": "host-b", "domain": None, "guest": "none"}
     assert json.loads(cli("migrate", "web1", "--to", "host-b", "--json").out)["right"] == "moved"
 
 

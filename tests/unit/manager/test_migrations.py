@@ -25,8 +25,10 @@ from vtpm.errors import (
 )
 from vtpm.manager.access import Caller
 from vtpm.manager.conversations import Conversations, Party
+from vtpm.manager.guest_moves import GuestMoves
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.migrations import MESSAGES_AT_ONCE, PROPOSALS_AT_ONCE, MigrationService
+from vtpm.manager.running import Running
 from vtpm.manager.service import ManagerService
 from vtpm.migration.mover import NO_VM
 from vtpm.tpm.types import VtpmId
@@ -53,6 +55,7 @@ class Vtpms:
         self.door = self
         self.audit = self
         self.is_open = True
+        self.running: dict[VtpmId, Running] = {}
 
     async def run(self, operation: Callable[[Store], T]) -> T:
         return self._host.store(operation)
@@ -92,9 +95,8 @@ class Link:
 
     def _service(self, host: Host) -> MigrationService:
         vtpms = cast(ManagerService, Vtpms(host))
-        return MigrationService(
-            vtpms, Conversations(host.mover, self.threads, vtpms.look_again), _Known(self, host), remind_s=0.01
-        )
+        talk, parties = Conversations(host.mover, self.threads), _Known(self, host)
+        return MigrationService(vtpms, talk, GuestMoves(vtpms, talk, parties), parties, remind_s=0.01)
 
     def crash(self, name: str) -> None:
         """Lose what a host remembers."""

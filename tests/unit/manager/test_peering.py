@@ -16,6 +16,7 @@ from tests.unit.migration.test_mover import Host
 from vtpm.errors import AccessDeniedError, ConflictError, NotFoundError, UnavailableError, UsageError
 from vtpm.manager.access import Caller
 from vtpm.manager.conversations import Conversations
+from vtpm.manager.guest_moves import GuestMoves
 from vtpm.manager.migrations import MigrationService
 from vtpm.manager.peering import Peering
 from vtpm.manager.service import ManagerService
@@ -48,9 +49,9 @@ class Manager:
         own.mkdir(mode=0o700)
         self.peering = Peering(own, cast(KeeperClient, Keeper(ord(name))), self._note)
         vtpms = cast(ManagerService, Vtpms(self.host))
-        self.migrations = MigrationService(
-            vtpms, Conversations(self.host.mover, threads, vtpms.look_again), self.peering, remind_s=0.05
-        )
+        talk = Conversations(self.host.mover, threads)
+        guests = GuestMoves(vtpms, talk, self.peering)
+        self.migrations = MigrationService(vtpms, talk, guests, self.peering, remind_s=0.05)
         self.listener = _listening()
         self.url = f"https://127.0.0.1:{self.listener.getsockname()[1]}"
 

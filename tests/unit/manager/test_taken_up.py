@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.manager.test_replaced import DEAD, RECORD, _storage
 from tests.unit.vault.world import FROZEN, HELD, MOVED
-from vtpm.errors import ConflictError, UnavailableError
+from vtpm.errors import UnavailableError
 from vtpm.manager.service import ManagerService
 from vtpm.tpm.types import VtpmId
 from vtpm.vault.holding import Holding
@@ -134,22 +134,6 @@ def test_what_moved_while_the_launcher_was_asked_is_as_it_is_by_now_and_the_othe
             await service._reconcile()
             assert RECORD.id not in service._states
             assert service._states[other.id] is LifeState.STOPPED
-        finally:
-            await service.door.close()
-
-    asyncio.run(run())
-
-
-def test_vtpm_may_stay_that_asked_to_leave_while_no_manager_was_there(tmp_path: Path) -> None:
-    async def run() -> None:
-        service = ManagerService(tmp_path, tmp_path, Mock(), MeasuredServices(), NewImages.REFUSE)
-        service.door._storage = _storage(tmp_path / "vault")
-        try:
-            await service._store(lambda store: store.create_vtpm(replace(RECORD, lifecycle="stopped")))
-            await service._take_back(RECORD.id)
-            await service._store(lambda store: store.record_move(RECORD.id, HELD, FROZEN))
-            with pytest.raises(ConflictError, match="is frozen on this host"):
-                await service._take_back(RECORD.id)
         finally:
             await service.door.close()
 

@@ -112,7 +112,7 @@ class Host:
         self.keys[wrapped] = secrets.token_bytes(32)
         return wrapped, Secret(self.keys[wrapped])
 
-    def place(self, payload: Payload, mode: Mode) -> Place:
+    def place(self, payload: Payload, mode: wire.Mode) -> Place:
         domain = DomainKind.of("process" if self.name == "a" else "qemu", payload.kind.make)
         return Place(domain, (1000, 1001), self.waiting, ENGINE if self.waiting else 0)
 
@@ -363,7 +363,7 @@ def test_running_vtpm_goes_over_with_its_volatile_state_once_its_guest_has_arriv
 
 
 def test_instance_that_waited_saves_when_its_vtpm_is_held_and_not_before(pair: Pair) -> None:
-    a, b = pair.hosts.values()
+    _, b = pair.hosts.values()
     b.waiting = InstanceId(new_record().id)
     record, state = pair.depart(wire.Mode.FOREIGN)
     b.mover.arrive(record.id, state)
