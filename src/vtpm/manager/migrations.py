@@ -128,7 +128,7 @@ class MigrationService:
     async def _let_leave(self, name: str, wanted: MigrateVtpm, party: Party, caller: Caller) -> Migration:
         if wanted.domain is not None:
             raise UsageError(
-                "what a vTPM is to live in is said where its guest is expected",
+                "what a vTPM with its guest is to live in is said where it is expected",
                 next_step="See vtpm receive --help there",
             )
         async with self._vtpms.held(name, caller, Happening.LEAVE) as record:
