@@ -72,6 +72,10 @@ class GuestMoves:
                     await self.arrivals.take_up(record)
             except VtpmError as error:
                 _log.error("%s: its instance, which was to go on with its guest, is ended: %s", record.name, error)
+        for vtpm_id, running in list(self._vtpms.running.items()):
+            if running.link.wanted:
+                # It was released to a manager that had no time to say so, and asked before this was here.
+                self.wanted(vtpm_id)
 
     def close(self) -> None:
         """Let go of what is under way."""

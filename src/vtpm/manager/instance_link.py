@@ -174,6 +174,11 @@ class InstanceLink:
             self._send(AskLockout())
         await asyncio.wait({self._looking}, timeout=timeout_s)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether its guest waits for the vTPM to be activated; see InstanceMoves."""
+        return self._moves.wanted
+
     def activate(self) -> None:
         """Let the vTPM run that has arrived at this instance; see InstanceMoves."""
         self._moves.activate()

@@ -78,7 +78,7 @@ class LiveMoves(Protocol):
         """An instance that waited, or had it inert, is no more."""
 
     async def take_up(self) -> None:
-        """Take up the instances whose vTPMs are frozen or inert, as a manager before this one has left them."""
+        """Take up what a manager before this one has left: vTPMs that are frozen or inert, or are wanted and held."""
 
 
 class NotYet:
@@ -97,7 +97,7 @@ class NotYet:
         raise _not_yet()
 
     def wanted(self, vtpm_id: VtpmId) -> None:
-        """Nobody waits here, or it asks again when it is taken up."""
+        """The link remembers it, until somebody is there who looks."""
 
     def expects(self, vtpm_id: VtpmId) -> bool:
         """Nothing is expected."""
@@ -127,13 +127,14 @@ class InstanceMoves:
         self._send = send
         self._blobs = BlobReceiver()
         self._arrival: int | None = None
+        self._wanted = False
         self._answering: asyncio.Task[None] | None = None
 
     def receive(self, message: MoveToManager) -> None:
         """Take a message. Raises ProtocolError: it is out of order."""
         match message:
             case Wanted(seq=seq):
-                self._arrival = seq
+                self._arrival, self._wanted = seq, True
                 self._calls.wanted()
             case Return(seq=seq):
                 self._begin(seq, partial(self._take_back, seq))
@@ -144,11 +145,17 @@ class InstanceMoves:
                     work = self._depart if isinstance(blob.head, Depart) else self._arrive
                     self._begin(seq, partial(work, seq, blob.data))
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the instance has said that its guest wants a vTPM which is not activated."""
+        return self._wanted
+
     def activate(self) -> None:
         """Let the vTPM run that has arrived.
 
         Nothing is sent when a manager before this one took it in: the instance asks when its guest wants it (`wanted`).
         """
+        self._wanted = False
         if self._arrival is not None:
             self._send(Activated(self._arrival))
 

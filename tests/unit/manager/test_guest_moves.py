@@ -53,6 +53,7 @@ class PlayedLink:
     def __init__(self) -> None:
         self.facts = LinkFacts(engine_version=ENGINE)
         self.activated = 0
+        self.wanted = False
         self.closed = False
 
     def activate(self) -> None:
@@ -475,15 +476,17 @@ def test_command_waits_no_more_when_its_vtpm_was_released_to_a_manager_that_has_
     record = link.begin()
     run(link.cross(record.id))
     # Held in the store, and its instance was not told.
-    link.hosts["a"].store(lambda store: None)
     sends = link.hosts["b"].mover.remind(record.id, wanted=True)
     (release,) = link.hosts["a"].mover.receive(record.id, "b", sends[0].message, link.hosts["a"].channel)
     link.hosts["b"].mover.receive(record.id, "a", release.message, link.hosts["b"].channel)
     link.restart("b")
     running = link.vtpms["b"]._follow(link.hosts["b"].record(record.id), link.alive["b"][record.id])
 
+    # It has asked, of a manager that was not ready for it.
+    cast(PlayedLink, running.link).wanted = True
+
     async def go() -> None:
-        link.moves["b"].wanted(record.id)
+        await link.moves["b"].take_up()
         await link.until(lambda: bool(cast(PlayedLink, running.link).activated))
 
     run(go())
