@@ -67,14 +67,15 @@ class Journey:
         at: where they run.
     """
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Peers, emulators: contextlib.ExitStack) -> None:
         self.peers = peers
+        self.emulators = emulators
         self.at = "host-a"
         self.stayed = self.moved = 0
         with self.here.client() as client:
             self.uuid = UUID(str(client.create("web1").uuid))
             control = client.start("web1").control_socket
-        self.emulator = PlayedEmulator(_Control(control))
+        self.emulator = emulators.enter_context(PlayedEmulator(_Control(control)))
         assert self.emulator.control(Init(0)).result == 0
         self.pcr, self.counter = bytes(32), 0
         for command in (STARTUP[TpmVersion.V2_0, Startup.CLEAR], DEFINE_COUNTER):
@@ -133,10 +134,11 @@ class Journey:
         return found
 
     def go(self, victim: Host, call: str, number: int) -> bool:
-        """Have the guest go, while a manager is killed at its n-th such call; returns whether it was."""
+        """Try to have the guest go, while a manager is killed at its n-th such call; returns whether it was."""
         self._give_up()
         with self.there.client() as client:
-            waiting = PlayedEmulator(_Control(client.receive("web1", ReceiveVtpm(self.uuid)).control_socket))
+            control = client.receive("web1", ReceiveVtpm(self.uuid)).control_socket
+        waiting = self.emulators.enter_context(PlayedEmulator(_Control(control)))
         pid = victim.pid("manager")
         assert pid is not None
         arrived = False
@@ -175,7 +177,7 @@ class Journey:
             with contextlib.suppress(OSError, AssertionError):
                 assert left.control(LockStorage(0)).result != 0
                 assert left.tpm(EXTEND)[6:10] not in (OK, b"")
-        left.__exit__()
+        left.close()
 
     def _give_up(self) -> None:
         """Have nobody wait for it any more, of an attempt before."""
@@ -190,10 +192,12 @@ class Journey:
 
 @pytest.fixture(scope="module")
 def journey() -> Iterator[Journey]:
-    with tempfile.TemporaryDirectory(prefix="vtpm-two-") as folder, known_to_each_other(Path(folder)) as peers:
-        made = Journey(peers)
-        with made.emulator:
-            yield made
+    with (
+        tempfile.TemporaryDirectory(prefix="vtpm-two-") as folder,
+        known_to_each_other(Path(folder)) as peers,
+        contextlib.ExitStack() as emulators,
+    ):
+        yield Journey(peers, emulators)
 
 
 @pytest.mark.timeout(900)
