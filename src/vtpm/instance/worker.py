@@ -42,6 +42,8 @@ RETURN_TIMEOUT_S = 1.5
 """A guest's command waits for this, as for a save: its driver gives it 2 s."""
 ACTIVATION_TIMEOUT_S = 1.5
 """Likewise."""
+RESET_TIMEOUT_S = 8.0
+"""How long a reset waits that comes before the first command where a guest has arrived: QEMU ends when it fails."""
 
 _SUCCESS = bytes(4)
 _SHUT_DOWN = frozenset({_SUCCESS, Rc20.TPM_RC_INITIALIZE.to_bytes(4, "big")})
@@ -221,6 +223,8 @@ class Worker:
 
     def _load(self) -> Mapping[StateKind, bytes] | Permit:
         self._take_back(RETURN_TIMEOUT_S)
+        if self.passage.stage is Stage.INERT and not self._want(RESET_TIMEOUT_S):
+            raise UnavailableError("the vTPM has arrived and is not activated")
         return self._keeper.load()
 
     def _arrive(self, sealed: bytes) -> Mapping[StateKind, bytes]:
@@ -488,10 +492,14 @@ class Worker:
             with contextlib.suppress(UnavailableError, MoveRefusedError):
                 self._take_back(RETURN_TIMEOUT_S)
         elif stage is Stage.INERT:
-            if self.passage.begin_wait():
-                self._report_wanted(self.passage.arrival)
-            self.passage.wait_activated(ACTIVATION_TIMEOUT_S)
+            self._want(ACTIVATION_TIMEOUT_S)
         return self.passage.runs
+
+    def _want(self, timeout_s: float) -> bool:
+        """Say that the guest goes on here, and wait to be activated; return whether the TPM runs."""
+        if self.passage.begin_wait():
+            self._report_wanted(self.passage.arrival)
+        return self.passage.wait_activated(timeout_s)
 
     def _check_here(self) -> None:
         if not self.passage.runs:

@@ -7,6 +7,7 @@ and runs once the source has released it. For GuestMoves and MigrationService.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from vtpm.errors import (
     ConflictError,
     NotFoundError,
     StateError,
-    StoreError,
-    UnavailableError,
     UsageError,
     VtpmError,
 )
@@ -139,7 +138,12 @@ class Arrivals:
         for record in self.expected():
             if record.name == name:
                 async with self._work.lock(record.id):
-                    await self._end(record.id)
+                    waiting = self._waiting.get(record.id)
+                    if waiting is None or waiting.arrived:
+                        raise ConflictError(
+                            f"vTPM {name} arrives at this moment", next_step="See vtpm migrate --status"
+                        )
+                    await self._end(waiting)
                 await self._vtpms.audit.append(event_of(caller.uid, "expected_no_more", record))
                 return record
         return None
@@ -151,7 +155,7 @@ class Arrivals:
     # -- what the mover and the launcher ask -------------------------------------------------------------------------
     def expects(self, vtpm_id: VtpmId) -> bool:
         """See LiveMoves."""
-        return vtpm_id in self._waiting
+        return vtpm_id in self._waiting or vtpm_id in self._starting
 
     def place(self, payload: Payload, mode: Mode) -> Place:
         """Return where a vTPM that arrives is to live, since its instance waits here. Called in the mover's threads.
@@ -161,13 +165,13 @@ class Arrivals:
             StateError: the instance's engine is older than its state.
         """
         vtpm, waiting = payload.vtpm, self._waiting.get(payload.vtpm.vtpm_id)
+        if mode is Mode.STOPPED:
+            raise ConflictError(f"vTPM {vtpm.name} is expected with its guest, and comes without")
         if waiting is None:
             raise ConflictError(
                 f"vTPM {vtpm.name} comes with its guest, and no instance waits for it",
                 next_step=f"Have one wait on the destination: vtpm receive {vtpm.name} --uuid {vtpm.vtpm_id}",
             )
-        if mode is Mode.STOPPED:
-            raise ConflictError(f"vTPM {vtpm.name} is expected with its guest, and comes without")
         record, facts = waiting.record, waiting.link.facts
         expected = (record.name, record.tpm_version, record.domain.make)
         came = (vtpm.name, vtpm.tpm_version, payload.kind.make)
@@ -182,16 +186,24 @@ class Arrivals:
 
     async def ended(self, vtpm_id: VtpmId, instance_id: InstanceId, how: str) -> None:
         """See LiveMoves."""
-        waiting = self._waiting.get(vtpm_id)
-        if waiting is None or waiting.info.instance_id != instance_id:
-            return
-        _log.warning("%s: the instance that waited for it is no more: %s", waiting.record.name, how)
-        await self._drop(waiting)
+        async with self._work.lock(vtpm_id):
+            waiting, running = self._waiting.get(vtpm_id), self._vtpms.running.get(vtpm_id)
+            if waiting is not None and waiting.info.instance_id == instance_id:
+                _log.warning("%s: the instance that waited for it is no more: %s", waiting.record.name, how)
+                await self._end(waiting)
+            elif running is not None and running.info.instance_id == instance_id:
+                # It has begun to run meanwhile.
+                await self._vtpms.settle_running(running, how)
+
+    async def all_ended(self, how: str) -> None:
+        """See LiveMoves."""
+        for waiting in list(self._waiting.values()):
+            await self.ended(waiting.record.id, waiting.info.instance_id, how)
 
     # -- what instances ask ------------------------------------------------------------------------------------------
     async def arrive(self, vtpm_id: VtpmId, sealed: bytes) -> Mapping[StateKind, bytes]:
         """See LiveMoves."""
-        return await self._work.to_its_end(self._arrive(vtpm_id, sealed))
+        return await self._work.to_its_end(vtpm_id, self._arrive(vtpm_id, sealed))
 
     async def _arrive(self, vtpm_id: VtpmId, sealed: bytes) -> Mapping[StateKind, bytes]:
         async with self._work.lock(vtpm_id):
@@ -203,30 +215,31 @@ class Arrivals:
                 raise ConflictError("what came with the guest is no state of a vTPM")
             waiting.arrived = True
             try:
-                states = await self._talk.run(vtpm_id, self._talk.mover.arrive, vtpm_id, message)
-            except VtpmError as error:
-                # Else it may be inert here: it is seen to when it is asked again, or the source is.
-                waiting.arrived = isinstance(error, StoreError | UnavailableError)
+                states = await self._talk.run_soon(vtpm_id, self._talk.mover.arrive, vtpm_id, message)
+            except VtpmError:
+                waiting.arrived = await self._may_be_here(vtpm_id)
                 raise
             waiting.record = await self._vtpms.door.run(lambda store: store.get_vtpm(vtpm_id))
             await self._vtpms.audit.came()
             return states
 
+    async def _may_be_here(self, vtpm_id: VtpmId) -> bool:
+        try:
+            return (await self._known(vtpm_id)).holding.right in (Right.INERT, Right.HELD)
+        except VtpmError:
+            # It is seen to when it is asked again, or the source is.
+            return True
+
     def wanted(self, vtpm_id: VtpmId) -> None:
         """See LiveMoves."""
         waiting = self._waiting.get(vtpm_id)
         if waiting is None:
+            # It was held before somebody could say so. An instance may ask without end: the store is not asked.
             running = self._vtpms.running.get(vtpm_id)
-            if running is not None:
-                self._work.spawn(self._activate_again(running))
+            if running is not None and self._vtpms.is_held(running):
+                running.link.activate()
         elif waiting.arrived and (waiting.asking is None or waiting.asking.done()):
             waiting.asking = self._work.spawn(self._ask(vtpm_id))
-
-    async def _activate_again(self, running: Running) -> None:
-        # It is held already: its manager had no time to say so, or was heard by nobody.
-        known = await self._known(running.record.id)
-        if known.holding.right is Right.HELD:
-            running.link.activate()
 
     async def _ask(self, vtpm_id: VtpmId) -> None:
         """Ask the source for its release until it is decided: the guest waits."""
@@ -255,7 +268,7 @@ class Arrivals:
         """Another right may be held of the vTPM by now."""
         waiting = self._waiting.get(vtpm_id)
         if waiting is not None and waiting.arrived:
-            self._work.spawn(self._settle(vtpm_id))
+            self._work.spawn(self._settle_surely(vtpm_id))
 
     async def take_up(self, record: VtpmRecord) -> None:
         """Go on with what a manager before this one has left inert in its instance."""
@@ -265,7 +278,18 @@ class Arrivals:
             await self._vtpms.end_passing(record, error.message)
             raise
         self._waiting[record.id] = _Waiting(record, info, link, arrived=True)
-        await self._settle(record.id)
+        await self._settle_surely(record.id)
+
+    async def _settle_surely(self, vtpm_id: VtpmId) -> None:
+        """Bring the instance after what is held of its vTPM, however often that has to be tried."""
+        while vtpm_id in self._waiting:
+            try:
+                await self._settle(vtpm_id)
+            except VtpmError as error:
+                _log.warning("vTPM %s: its instance is not brought after its move yet: %s", vtpm_id, error)
+                await asyncio.sleep(ASK_S)
+            else:
+                return
 
     async def _settle(self, vtpm_id: VtpmId) -> None:
         """Bring the instance after what is held of its vTPM."""
@@ -284,26 +308,16 @@ class Arrivals:
                     _log.info("%s: it has arrived, and goes on", record.name)
                 case _:
                     _log.info("%s: it does not arrive: the move was aborted", known.name)
-                    await self._end(vtpm_id)
+                    await self._end(waiting)
 
-    async def _end(self, vtpm_id: VtpmId) -> None:
-        waiting = self._waiting.pop(vtpm_id)
-        waiting.link.close()
-        await self._vtpms.end_inert(vtpm_id)
-
-    async def _drop(self, waiting: _Waiting) -> None:
-        """Forget an instance that has ended. What it had inert stays so, without its guest."""
+    async def _end(self, waiting: _Waiting) -> None:
+        """End an instance, or note that it has ended. What it had inert stays so, without its guest."""
         record = waiting.record
-        async with self._work.lock(record.id):
-            if self._waiting.get(record.id) is not waiting:
-                return
-            del self._waiting[record.id]
-            waiting.link.close()
-            if waiting.arrived:
-                try:
-                    await self._vtpms.end_passing(record, "")
-                except NotFoundError:
-                    return
+        del self._waiting[record.id]
+        waiting.link.close()
+        with contextlib.suppress(NotFoundError):
+            # Nothing had arrived, or it is here no more.
+            await self._vtpms.end_passing(record, "it ended while its guest was on its way")
 
     def close(self) -> None:
         """Let go of what is under way; what is durable says how to go on."""

@@ -63,10 +63,12 @@ class Conversations:
     Args:
         mover: decides, blocking.
         threads: for its calls.
+        soon: for those that guests wait for; None: the same.
     """
 
-    def __init__(self, mover: Mover, threads: CallThreads) -> None:
+    def __init__(self, mover: Mover, threads: CallThreads, soon: CallThreads | None = None) -> None:
         self.mover = mover
+        self._soon = soon or threads
         self.settled: Callable[[VtpmId], None] = lambda _: None
         """Called after each call: what is held of the vTPM may be another by now."""
         self._threads = threads
@@ -75,17 +77,24 @@ class Conversations:
 
     async def run(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
         """Have the mover do something in the vTPM's turn, which lasts as long as the call, whoever is cancelled."""
-        task = asyncio.get_running_loop().create_task(self._in_turn(vtpm_id, call, *args))
+        return await self._to_its_end(self._threads, vtpm_id, call, *args)
+
+    async def run_soon(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
+        """As `run`, of what a guest waits for: quotes that peers ask for are not in its way."""
+        return await self._to_its_end(self._soon, vtpm_id, call, *args)
+
+    async def _to_its_end(self, threads: CallThreads, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
+        task = asyncio.get_running_loop().create_task(self._in_turn(threads, vtpm_id, call, *args))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-    async def _in_turn(self, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
+    async def _in_turn(self, threads: CallThreads, vtpm_id: VtpmId, call: Callable[..., T], *args: object) -> T:
         turn = self._turns.setdefault(vtpm_id, _Turn())
         turn.takers += 1
         try:
             async with turn.lock:
-                return await self._threads.run(call, *args)
+                return await threads.run(call, *args)
         finally:
             self.settled(vtpm_id)
             turn.takers -= 1

@@ -6,14 +6,16 @@ destination that has proven itself. For GuestMoves and MigrationService.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vtpm.errors import ConflictError, StoreError, UnavailableError, VtpmError
+from vtpm.errors import ConflictError, UnavailableError, VtpmError
 from vtpm.manager.conversations import Conversations, Parties
 from vtpm.manager.ordered import Ordered
+from vtpm.manager.running import Running
 from vtpm.manager.service import ManagerService
 from vtpm.migration.steps import Send
 from vtpm.tpm.types import InstanceId, VtpmId
@@ -24,6 +26,8 @@ TICKET_S = 900.0
 """How long a guest may take until it goes: a ticket lasts no longer than what was proven is thought to hold."""
 QUIET_S = 60.0
 """How long a frozen vTPM's guest may be on its way before the destination is asked; asked earlier, it would refuse."""
+SETTLE_PAUSE_S = 1.0
+"""How long a store that did not answer is left alone."""
 _log = logging.getLogger("vtpm.manager")
 
 
@@ -74,15 +78,21 @@ class Departures:
         self._work = Ordered()
 
     # -- tickets -----------------------------------------------------------------------------------------------------
-    def grant(self, vtpm_id: VtpmId, peer: str, actor_uid: int) -> None:
-        """Let the vTPM leave with its guest, once, for a peer that has proven itself.
-
-        Raises ConflictError: its instance has ended.
-        """
+    def instance(self, vtpm_id: VtpmId) -> InstanceId:
+        """Return the instance that a ticket would be of. Raises ConflictError: it has ended."""
         running = self._vtpms.running.get(vtpm_id)
         if running is None:
             raise ConflictError("the vTPM has ended meanwhile")
-        self._tickets[vtpm_id] = Ticket(running.info.instance_id, peer, actor_uid, time.monotonic() + TICKET_S)
+        return running.info.instance_id
+
+    def grant(self, vtpm_id: VtpmId, instance_id: InstanceId, peer: str, actor_uid: int) -> None:
+        """Let the vTPM leave with its guest, once, for a peer that has proven itself.
+
+        Raises ConflictError: the instance has ended.
+        """
+        if self.instance(vtpm_id) != instance_id:
+            raise ConflictError("the vTPM was started anew meanwhile")
+        self._tickets[vtpm_id] = Ticket(instance_id, peer, actor_uid, time.monotonic() + TICKET_S)
 
     def ticket(self, vtpm_id: VtpmId) -> Ticket | None:
         """Return the ticket of a vTPM that may leave now; None: it has none, or none any more."""
@@ -90,7 +100,6 @@ class Departures:
         if ticket is None:
             return None
         if running is None or running.info.instance_id != ticket.instance_id or time.monotonic() > ticket.until_s:
-            self.withdraw(vtpm_id)
             return None
         return ticket
 
@@ -114,21 +123,19 @@ class Departures:
     # -- what instances ask ------------------------------------------------------------------------------------------
     async def depart(self, vtpm_id: VtpmId, instance_id: InstanceId, volatile: bytes) -> bytes:
         """See LiveMoves. Once the vTPM is frozen nothing is refused for good: what is left is to take it back."""
-        return await self._work.to_its_end(self._depart(vtpm_id, instance_id, volatile))
+        return await self._work.to_its_end(vtpm_id, self._depart(vtpm_id, instance_id, volatile))
 
     async def _depart(self, vtpm_id: VtpmId, instance_id: InstanceId, volatile: bytes) -> bytes:
         async with self._work.lock(vtpm_id):
             running = self._vtpms.running.get(vtpm_id)
             if running is None or running.info.instance_id != instance_id:
                 raise ConflictError("this instance is not the one that runs the vTPM")
-            leaving = self._leaving.get(vtpm_id)
-            if leaving is not None:
-                if leaving.sealed:
-                    return leaving.sealed
-                raise UnavailableError("whether the vTPM is frozen is not known: it is to be taken back first")
             known = await self._known(vtpm_id)
-            if known.holding.right is not Right.HELD:
-                raise UnavailableError(f"vTPM {known.name} is frozen, and its state is handed out no more")
+            leaving = self._leaving.get(vtpm_id)
+            if known.holding.right is not Right.HELD or leaving is not None:
+                if known.holding.right is Right.FROZEN and leaving is not None and leaving.sealed:
+                    return leaving.sealed
+                raise UnavailableError(f"vTPM {known.name} may be frozen: it is to be taken back first")
             ticket = self.ticket(vtpm_id)
             if ticket is None:
                 raise ConflictError(
@@ -140,33 +147,48 @@ class Departures:
             self._vtpms.freeze(running)
             self._leaving[vtpm_id] = leaving = _Leaving(b"", time.monotonic())
             try:
-                (send,) = await self._talk.run(vtpm_id, self._talk.mover.freeze, record, ticket.actor_uid, volatile)
+                sends = await self._talk.run_soon(vtpm_id, self._talk.mover.freeze, record, ticket.actor_uid, volatile)
+                leaving.sealed = encode_message(sends[0].message)
             except VtpmError as error:
                 self.withdraw(vtpm_id)
-                if not isinstance(error, StoreError | UnavailableError):
-                    # Refused before anything was recorded.
-                    await self._bring_after(vtpm_id)
+                await self._go_on_if_held(vtpm_id, error)
                 raise
             self._tickets.pop(vtpm_id, None)
-            leaving.sealed = encode_message(send.message)
             await self._vtpms.audit.came()
             return leaving.sealed
 
+    async def _go_on_if_held(self, vtpm_id: VtpmId, why: VtpmError) -> None:
+        """Have the vTPM go on after a departure that failed. Raises UnavailableError: it may be frozen all the same."""
+        try:
+            await self._bring_after(vtpm_id)
+        except VtpmError as error:
+            _log.error("vTPM %s: whether it is frozen is not known: %s", vtpm_id, error)
+        if vtpm_id in self._leaving:
+            self._work.spawn(self._settle(vtpm_id))
+            raise UnavailableError(f"its departure failed, and it is to be taken back: {why.message}") from why
+
     async def take_back(self, vtpm_id: VtpmId) -> None:
-        """See LiveMoves."""
-        await self._work.to_its_end(self._take_back(vtpm_id))
+        """See LiveMoves. Refused for good only when another host has it."""
+        await self._work.to_its_end(vtpm_id, self._take_back(vtpm_id))
 
     async def _take_back(self, vtpm_id: VtpmId) -> None:
         async with self._work.lock(vtpm_id):
-            known = await self._known(vtpm_id)
-            if known.holding.right is Right.FROZEN:
-                sends = await self._talk.run(vtpm_id, self._talk.mover.abort, vtpm_id, None)
-                _log.info("%s: its guest goes on here, and so it does", known.name)
-                self._work.spawn(self._tell(known, sends))
-                known = await self._known(vtpm_id)
+            try:
+                known = await self._taken_back(vtpm_id)
+            except VtpmError as error:
+                raise UnavailableError(f"whether it stays is not known yet: {error.message}") from error
             if known.holding.right is not Right.HELD:
                 raise ConflictError(f"vTPM {known.name} is {known.holding.right.value} on this host")
-            await self._bring_after(vtpm_id)
+
+    async def _taken_back(self, vtpm_id: VtpmId) -> KnownVtpm:
+        known = await self._known(vtpm_id)
+        if known.holding.right is Right.FROZEN:
+            sends = await self._talk.run_soon(vtpm_id, self._talk.mover.abort, vtpm_id, None)
+            _log.info("%s: its guest goes on here, and so it does", known.name)
+            self._work.spawn(self._tell(known, sends))
+            known = await self._known(vtpm_id)
+        await self._bring_after(vtpm_id)
+        return known
 
     async def _tell(self, known: KnownVtpm, sends: Sequence[Send]) -> None:
         peer = known.holding.peer
@@ -188,24 +210,33 @@ class Departures:
         await self._settle(vtpm_id)
 
     async def _settle(self, vtpm_id: VtpmId) -> None:
-        async with self._work.lock(vtpm_id):
-            await self._bring_after(vtpm_id)
+        """Bring the instance after what is held of its vTPM, however often that has to be tried."""
+        while vtpm_id in self._leaving:
+            try:
+                async with self._work.lock(vtpm_id):
+                    await self._bring_after(vtpm_id)
+                return
+            except VtpmError as error:
+                _log.warning("vTPM %s: its instance is not brought after its move yet: %s", vtpm_id, error)
+                await asyncio.sleep(SETTLE_PAUSE_S)
 
     async def _bring_after(self, vtpm_id: VtpmId) -> None:
         """Bring the instance after what is held of its vTPM."""
-        running = self._vtpms.running.get(vtpm_id)
         if vtpm_id not in self._leaving:
             return
+        running = self._vtpms.running.get(vtpm_id)
         known = await self._known(vtpm_id)
-        right = known.holding.right
-        if right is Right.FROZEN and running is not None:
-            return
-        if running is not None and right is Right.HELD:
-            record = await self._vtpms.door.run(lambda store: store.get_vtpm(vtpm_id))
-            await self._vtpms.go_on(running, record)
-        elif running is not None:
-            await self._vtpms.let_go(running, f"it has moved to {known.holding.peer}")
-        self._leaving.pop(vtpm_id, None)
+        match known.holding.right, running:
+            case (Right.FROZEN, _):
+                return
+            case (Right.HELD, None):
+                await self._vtpms.settle_ended(vtpm_id)
+            case (Right.HELD, Running()):
+                record = await self._vtpms.door.run(lambda store: store.get_vtpm(vtpm_id))
+                await self._vtpms.go_on(running, record)
+            case (_, Running()):
+                await self._vtpms.let_go(running, f"it has moved to {known.holding.peer}")
+        del self._leaving[vtpm_id]
 
     def close(self) -> None:
         """Let go of what is under way; what is durable says how to go on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from vtpm.manager.conversations import Conversations, Parties
 from vtpm.manager.departures import Departures
 from vtpm.manager.service import ManagerService
 from vtpm.tpm.types import InstanceId, StateKind, VtpmId
+from vtpm.vault.records import VtpmRecord
 from vtpm.vault.rules import FROZEN
 
 _log = logging.getLogger("vtpm.manager")
@@ -55,6 +57,10 @@ class GuestMoves:
         """See LiveMoves."""
         await self.arrivals.ended(vtpm_id, instance_id, how)
 
+    async def all_ended(self, how: str) -> None:
+        """See LiveMoves."""
+        await self.arrivals.all_ended(how)
+
     def settled(self, vtpm_id: VtpmId) -> None:
         """Another right may be held of the vTPM by now."""
         self._vtpms.look_again(vtpm_id)
@@ -63,19 +69,22 @@ class GuestMoves:
 
     async def take_up(self) -> None:
         """See LiveMoves."""
-        for record in self._vtpms.left_passing():
-            try:
-                if record.lifecycle == FROZEN:
-                    await self._vtpms.take_up_frozen(record)
-                    await self.departures.take_up(record.id)
-                else:
-                    await self.arrivals.take_up(record)
-            except VtpmError as error:
-                _log.error("%s: its instance, which was to go on with its guest, is ended: %s", record.name, error)
+        # At the same time: one that hangs is not to keep the others' guests waiting.
+        await asyncio.gather(*(self._take_up(record) for record in self._vtpms.left_passing()))
         for vtpm_id, running in list(self._vtpms.running.items()):
             if running.link.wanted:
                 # It was released to a manager that had no time to say so, and asked before this was here.
                 self.wanted(vtpm_id)
+
+    async def _take_up(self, record: VtpmRecord) -> None:
+        try:
+            if record.lifecycle == FROZEN:
+                await self._vtpms.take_up_frozen(record)
+                await self.departures.take_up(record.id)
+            else:
+                await self.arrivals.take_up(record)
+        except VtpmError as error:
+            _log.error("%s: its instance, which was to go on with its guest, is ended: %s", record.name, error)
 
     def close(self) -> None:
         """Let go of what is under way."""

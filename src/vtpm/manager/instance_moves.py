@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn, Protocol
 
-from vtpm.errors import ConflictError, StoreError, UnavailableError, VtpmError
+from vtpm.errors import ConflictError, ProtocolError, StoreError, UnavailableError, VtpmError
 from vtpm.tpm.types import MAX_SEALED_BYTES, InstanceId, StateKind, VtpmId
 from vtpm.wire.manager_link import (
     Activated,
@@ -77,6 +77,9 @@ class LiveMoves(Protocol):
     async def ended(self, vtpm_id: VtpmId, instance_id: InstanceId, how: str) -> None:
         """An instance that waited, or had it inert, is no more."""
 
+    async def all_ended(self, how: str) -> None:
+        """No instance is any more."""
+
     async def take_up(self) -> None:
         """Take up what a manager before this one has left: vTPMs that are frozen or inert, or are wanted and held."""
 
@@ -106,6 +109,9 @@ class NotYet:
     async def ended(self, vtpm_id: VtpmId, instance_id: InstanceId, how: str) -> None:
         """Nothing was expected."""
 
+    async def all_ended(self, how: str) -> None:
+        """Nothing was expected."""
+
     async def take_up(self) -> None:
         """Nothing is taken up yet."""
 
@@ -128,13 +134,17 @@ class InstanceMoves:
         self._blobs = BlobReceiver()
         self._arrival: int | None = None
         self._wanted = False
+        self._asked_for: int | None = None
         self._answering: asyncio.Task[None] | None = None
 
     def receive(self, message: MoveToManager) -> None:
         """Take a message. Raises ProtocolError: it is out of order."""
         match message:
             case Wanted(seq=seq):
-                self._arrival, self._wanted = seq, True
+                if self._asked_for == seq or self._arrival not in (None, seq):
+                    raise ProtocolError("a vTPM is wanted again, or another than has arrived")
+                self._arrival = self._asked_for = seq
+                self._wanted = True
                 self._calls.wanted()
             case Return(seq=seq):
                 self._begin(seq, partial(self._take_back, seq))

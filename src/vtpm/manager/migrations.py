@@ -14,7 +14,15 @@ from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
-from vtpm.errors import AttestationError, ConflictError, ProtocolError, UnavailableError, UsageError, VtpmError
+from vtpm.errors import (
+    AttestationError,
+    ConflictError,
+    NotFoundError,
+    ProtocolError,
+    UnavailableError,
+    UsageError,
+    VtpmError,
+)
 from vtpm.manager.access import Caller
 from vtpm.manager.conversations import Conversations, Parties, Party
 from vtpm.manager.guest_moves import GuestMoves
@@ -110,6 +118,7 @@ class MigrationService:
         if wanted.guest is not Guest.NONE:
             return await self._let_leave(name, wanted, party, caller)
         async with self._vtpms.held(name, caller, Happening.MIGRATE) as record:
+            self._guests.departures.withdraw(record.id)
             try:
                 await self._prove(record, party, Mode.STOPPED)
                 # As it is by now: nobody starts it from here on.
@@ -131,16 +140,18 @@ class MigrationService:
                 "what a vTPM with its guest is to live in is said where it is expected",
                 next_step="See vtpm receive --help there",
             )
+        # Not for as long as the peer takes: it may be stopped meanwhile, and then has no ticket.
         async with self._vtpms.held(name, caller, Happening.LEAVE) as record:
             self._guests.departures.withdraw(record.id)
-            try:
-                await self._prove(record, party, _MODES[wanted.guest])
-                self._guests.departures.grant(record.id, party.name, caller.uid)
-            except VtpmError:
-                self._mover.forget(record.id)
-                raise
-            finally:
-                self._phases.pop(record.id, None)
+            instance_id = self._guests.departures.instance(record.id)
+        try:
+            await self._prove(record, party, _MODES[wanted.guest])
+            self._guests.departures.grant(record.id, instance_id, party.name, caller.uid)
+        except VtpmError:
+            self._mover.forget(record.id)
+            raise
+        finally:
+            self._phases.pop(record.id, None)
         return self._describe(await self._known(record.id))
 
     async def _prove(self, record: VtpmRecord, party: Party, mode: Mode) -> None:
@@ -162,8 +173,8 @@ class MigrationService:
         known = await self._find(name)
         if known.holding.right is Right.MOVED:
             return self._describe(known)
-        party = await self._parties.find(known.holding.peer)
         sends = await self._talk.run(known.vtpm_id, self._mover.arrived, known.vtpm_id)
+        party = await self._parties.find(known.holding.peer)
         reason = await self._talk.deliver(known.vtpm_id, party, sends)
         await self._vtpms.audit.came()
         return await self._moved(known.vtpm_id, name, party.name, reason)
@@ -336,11 +347,14 @@ class MigrationService:
 
     async def _find(self, name: str) -> KnownVtpm:
         known = await self._vtpms.door.run(lambda store: store.list_holdings())
-        named = [one for one in known if one.name == name]
-        # One of this name that is here or on its way comes before those that have gone.
-        for one in sorted(named, key=lambda one: one.holding.right in (Right.MOVED, Right.ABSENT)):
-            return one
-        record = await self._vtpms.door.run(lambda store: store.find_vtpm(name))
+        try:
+            # One of this name that is here or on its way comes before those that have gone.
+            record = await self._vtpms.door.run(lambda store: store.find_vtpm(name))
+        except NotFoundError:
+            for one in known:
+                if one.name == name:
+                    return one
+            raise
         return await self._known(record.id)
 
     def _phase(self, known: KnownVtpm) -> Phase:

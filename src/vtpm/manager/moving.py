@@ -40,12 +40,16 @@ class Moving:
 
     def __init__(self, config: Config, layout: Layout, vtpms: ManagerService, listener: socket.socket | None) -> None:
         keeper = KeeperClient(config.run_dir, timeout_s=KEEPER_TIMEOUT_S)
-        ground = HostGround(asyncio.get_running_loop(), vtpms.door, keeper, vtpms.launcher)
+        # A connection of its own: a vTPM's key is not to wait for peers' quotes.
+        keys = KeeperClient(config.run_dir, timeout_s=KEEPER_TIMEOUT_S)
+        ground = HostGround(asyncio.get_running_loop(), vtpms.door, keys, vtpms.launcher)
         attester = PlatformAttester(
             keeper, layout.platform_dir, partial(services_of_boot, config), config.platform_policy, config.authorities
         )
         self.peering = Peering(layout.peers_dir, KeeperClient(config.run_dir), vtpms.audit.append)
-        talk = Conversations(Mover(ground, attester), CallThreads("mover", THREADS))
+        talk = Conversations(
+            Mover(ground, attester), CallThreads("mover", THREADS), CallThreads("guest-mover", THREADS)
+        )
         self._guests = GuestMoves(vtpms, talk, self.peering)
         ground.waiting = self._guests.arrivals
         vtpms.live_moves = self._guests

@@ -155,6 +155,7 @@ class ManagerService:
     async def _on_launcher_gone(self) -> None:
         for running in list(self.running.values()):
             await self._settle_end(running, "the launcher is gone")
+        await self.live_moves.all_ended("the launcher is gone")
 
     async def _on_launcher_back(self) -> None:
         if self.door.is_open:
@@ -360,6 +361,11 @@ class ManagerService:
             await in_use.wait_let_go(LET_GO_S)
         async with self._lock(record.id):
             running = self.running.get(record.id)
+            if running is None and self._state(record) in (LifeState.RUNNING, LifeState.FAILED):
+                # Its end could not be noted when it came.
+                await self._end_instance(record.id)
+                await self._settle_record(record, "no instance was found when it was stopped")
+                return self._describe(await self._find(name, caller))
             if running is None:
                 raise ConflictError(f"vTPM {name} is {self._state(record)}: there is nothing to stop")
             if running.has_emulator and not force:
@@ -531,10 +537,7 @@ class ManagerService:
         Args:
             record: as it is in the store by now.
         """
-        key = await self.key(record)
-        # A session is of one epoch.
-        self.door.vault.close_vtpm(record.id)
-        await asyncio.to_thread(self.door.vault.open_vtpm, record.id, key)
+        await asyncio.to_thread(self.door.vault.renew, record.id)
         running.record = record
         self._states[record.id] = LifeState.RUNNING
 
@@ -545,6 +548,21 @@ class ManagerService:
         self._states[record.id] = LifeState.RUNNING
         self._run_as(record, info, link)
         link.activate()
+
+    def is_held(self, running: Running) -> bool:
+        """Whether a vTPM that has an instance runs here by right, as far as this manager knows."""
+        return self._state(running.record) in (LifeState.RUNNING, LifeState.FAILED)
+
+    async def settle_ended(self, vtpm_id: VtpmId) -> None:
+        """Have a vTPM that is held, and whose instance ended while it was not, be stopped."""
+        async with self._lock(vtpm_id):
+            record = await self._store(lambda store: store.get_vtpm(vtpm_id))
+            if vtpm_id not in self.running and record.instance_id is not None:
+                await self._settle_read(record, "its instance ended while its guest was on its way")
+
+    async def settle_running(self, running: Running, how: str) -> None:
+        """An instance that has begun with what arrived has ended."""
+        await self._settle_end(running, how)
 
     async def let_go(self, running: Running, how: str) -> None:
         """End the instance of a vTPM that has moved from under it."""
@@ -588,10 +606,6 @@ class ManagerService:
             await self._end_instance(record.id)
             raise
         return link
-
-    async def end_inert(self, vtpm_id: VtpmId) -> None:
-        """End an instance that waits for a vTPM, or has it inert."""
-        await self._end_instance(vtpm_id)
 
     # -- what happens by itself -------------------------------------------------------------------------------------
     def _on_launcher_event(self, event: str, args: Any, fds: tuple[int, ...]) -> None:
@@ -687,11 +701,15 @@ class ManagerService:
 
     async def _settle_read(self, record: VtpmRecord, how: str) -> None:
         """As _settle_record, of a record that has just been read."""
-        bound = record.instance_id
-        if bound is not None:
-            await self._store(lambda store: store.unbind_instance(record.id, bound))
-        if self._state(record) in _MOVABLE:
+        if record.instance_id is not None:
+            # A move may decide about the vTPM at any moment: as it is when the instance is unbound, so it is settled.
+            record = await self._store(partial(_unbound, record))
+        stored = LifeState(record.lifecycle)
+        if stored in _MOVABLE:
+            self._states.pop(record.id, None)
             return
+        if self._states.get(record.id) in _MOVABLE:
+            self._states[record.id] = stored
         expected = self._state(record) is LifeState.STOPPING
         await self._move(
             record, Happening.ENDED, None if expected else event_of(None, "instance_ended", record, how=how)
@@ -812,6 +830,14 @@ class ManagerService:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("background work failed: %s", error, exc_info=None if isinstance(error, VtpmError) else error)
+
+
+def _unbound(record: VtpmRecord, store: Store) -> VtpmRecord:
+    """Unbind a vTPM's instance, and return the vTPM as it was then."""
+    current = store.get_vtpm(record.id)
+    if current.instance_id is not None and current.instance_id == record.instance_id:
+        store.unbind_instance(record.id, current.instance_id)
+    return current
 
 
 def _append_lockout(vtpm_id: VtpmId, event: Event, store: Store) -> None:

@@ -21,16 +21,25 @@ from vtpm.migration.payload import Payload, pack, unpack
 from vtpm.migration.source import Asking, Outgoing, Source
 from vtpm.migration.steps import MigrationError, Send, Step, carry_out
 from vtpm.secret import Secret
-from vtpm.tpm.types import InstanceId, StateKind, VtpmId
+from vtpm.tpm.types import MAX_SEALED_BYTES, InstanceId, StateKind, VtpmId
 from vtpm.vault.contents import Contents, begin, open_all
 from vtpm.vault.holding import Holding, Right
 from vtpm.vault.records import DomainKind, Event, SavedState, VtpmRecord
 from vtpm.vault.rules import INERT
 from vtpm.vault.store import Store
-from vtpm.wire.migration import ID_BYTES, NONCE_BYTES, FromSource, MigrationMessage, Mode, Propose, State
+from vtpm.wire.migration import (
+    ID_BYTES,
+    NONCE_BYTES,
+    FromSource,
+    MigrationMessage,
+    Mode,
+    Propose,
+    State,
+    encode_message,
+)
 
-MAX_INCOMING = 64
-"""Attempts that are remembered before their state has come; the oldest is forgotten, and begins anew if it goes on."""
+MAX_INCOMING = 256
+"""Attempts of one peer that are remembered before their state has come; its oldest is forgotten, and begins anew."""
 NO_VM = UUID(int=0)
 """Stands for the VM of a vTPM that is bound to none."""
 S = TypeVar("S")
@@ -125,7 +134,13 @@ class Mover:
             key.wipe()
         session, source = self._source(record.id)
         holding = self.holding(record.id)
-        return self._leave(record.id, source, holding, source.freeze(holding, session, payload), actor_uid)
+        step = source.freeze(holding, session, payload)
+        for send in step.sends:
+            # Nothing is frozen that cannot be sent.
+            size = len(encode_message(send.message))
+            if passing is not None and size > MAX_SEALED_BYTES:
+                raise StateError(f"the state of vTPM {record.name} has {size} bytes; a guest takes {MAX_SEALED_BYTES}")
+        return self._leave(record.id, source, holding, step, actor_uid)
 
     def arrived(self, vtpm_id: VtpmId) -> Sequence[Send]:
         """Note that the guest is at the destination, paused. Raises MigrationError: no move is driven from here."""
@@ -189,6 +204,8 @@ class Mover:
             MigrationError: it does not fit what this host holds. AttestationError: the peer's evidence is not believed.
             StateError: what came is damaged or foreign. UsageError: it is about another vTPM than it says.
         """
+        if isinstance(message, State):
+            self._check_no_guest(vtpm_id, peer)
         if isinstance(message, FromSource):
             return self._from_source(vtpm_id, peer, message, channel)
         session, source = self._source(vtpm_id)
@@ -216,17 +233,27 @@ class Mover:
             MigrationError: no attempt with a guest is under way.
             StateError: it is damaged, foreign or of another attempt.
         """
-        incoming, _ = self._destination(vtpm_id)
-        holding = self.holding(vtpm_id)
-        peer, mode = holding.peer, holding.mode
-        if holding.right is not Right.INERT:
-            if incoming is None:
-                raise MigrationError("the attempt by which the guest has come was not begun here, or is forgotten")
-            peer, mode = incoming.peer, incoming.proposal.mode
+        attempt = self._attempt(vtpm_id)
+        if attempt is None:
+            raise MigrationError("the attempt by which the guest has come was not begun here, or is forgotten")
+        peer, mode = attempt
         if mode is Mode.STOPPED:
             raise MigrationError(f"{peer} has proposed the vTPM without its guest")
         self._from_source(vtpm_id, peer, state, _NO_CHANNEL)
         return self.inert_states(vtpm_id)
+
+    def _attempt(self, vtpm_id: VtpmId) -> tuple[str, Mode] | None:
+        """Return peer and mode of the attempt by which a vTPM arrives here; None: of none."""
+        holding = self.holding(vtpm_id)
+        if holding.right is Right.INERT:
+            return holding.peer, holding.mode
+        incoming, _ = self._destination(vtpm_id)
+        return None if incoming is None else (incoming.peer, incoming.proposal.mode)
+
+    def _check_no_guest(self, vtpm_id: VtpmId, peer: str) -> None:
+        attempt = self._attempt(vtpm_id)
+        if attempt is not None and attempt[1] is not Mode.STOPPED:
+            raise MigrationError(f"{peer} sends the state of a vTPM that is to come with its guest")
 
     # -- how it takes effect -----------------------------------------------------------------------------------------
     def _source(self, vtpm_id: VtpmId) -> tuple[Outgoing | None, Source]:
@@ -261,8 +288,11 @@ class Mover:
         self._arriving.pop(vtpm_id, None)
         if step.session is not None:
             self._arriving[vtpm_id] = (step.session, destination)
-            while len(self._arriving) > MAX_INCOMING:
-                del self._arriving[next(iter(self._arriving))]
+            peers = [
+                one for one, (incoming, _) in self._arriving.items() if incoming and incoming.peer == step.session.peer
+            ]
+            for oldest in peers[:-MAX_INCOMING]:
+                del self._arriving[oldest]
         return sends
 
 

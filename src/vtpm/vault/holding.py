@@ -21,7 +21,7 @@ from vtpm.wire.migration import ID_BYTES, Mode
 MAX_HOLDINGS = 100_000
 MAX_ARRIVED = 10_000
 """Holdings beyond which nothing arrives any more, so that peers cannot keep this host's own vTPMs from leaving."""
-MAX_INERT_OF_ONE = 64
+MAX_INERT_OF_ONE = 256
 """vTPMs of one peer that may wait here for its word."""
 MAX_ADOPTED = 16
 _LABEL = b"vtpm holdings v1"

@@ -86,6 +86,17 @@ class Vault:
                 raise ConflictError(f"vTPM {record.name} is open in the vault already")
             self._sessions[vtpm_id] = session
 
+    def renew(self, vtpm_id: VtpmId) -> None:
+        """Go on with a vTPM that is open, whose epoch is another by now: what was sealed for the one before is refused.
+
+        Blocks. Raises ConflictError: it is not open. NotFoundError, StoreError, StateError: as the store says.
+        """
+        session = self._session(vtpm_id)
+        record = self._answer(lambda store: store.get_vtpm(vtpm_id))
+        with session.lock:
+            session.epoch = record.epoch
+            session.version = max(session.version, record.state_version)
+
     def close_vtpm(self, vtpm_id: VtpmId) -> None:
         """Drop the vTPM's key. A save under way goes on; again does nothing."""
         with self._lock:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.support.relayed import ForeignVtpmd, RelayedVtpmd
-from tests.support.vtpmd import PlayedEmulator, Vtpmd
+from tests.support.vtpmd import TIMEOUT_S, PlayedEmulator, Vtpmd
 from vtpm.instance.worker import ACTIVATION_TIMEOUT_S, RETURN_TIMEOUT_S
 from vtpm.tpm.power_commands import STARTUP
 from vtpm.tpm.types import MAX_SEALED_BYTES, Startup, StateKind, TpmVersion
@@ -311,14 +312,21 @@ def test_held_command_is_given_up_when_the_guest_cancels_it(
         assert time.monotonic() - began_s < ACTIVATION_TIMEOUT_S
 
 
-def test_reset_does_not_activate_when_the_vtpm_is_inert(
-    source: Vtpmd, guest: PlayedEmulator, destination: Vtpmd
+@pytest.mark.parametrize("activates", [True, False])
+def test_guest_s_reset_asks_for_the_vtpm_when_it_comes_before_its_first_command(
+    source: Vtpmd, guest: PlayedEmulator, destination: Vtpmd, activates: bool
 ) -> None:
-    with PlayedEmulator(destination) as other:
+    with PlayedEmulator(destination) as other, ThreadPoolExecutor(1) as waiting:
         assert arrive(other, depart(source, guest)) == 0
-        destination.manager.state, destination.manager.moves.has_load = source.manager.state, True
-        assert other.control(Init(0)).result == 0
-        assert code(other.tpm(STARTUP_CLEAR)) == TPM_RC_RETRY
+        # As the store has it once the vTPM is held, and not before.
+        destination.manager.state = source.manager.state
+        init = waiting.submit(other.control, Init(0))
+        destination.manager.wait_for(Wanted)
+        if activates:
+            destination.manager.moves.has_load = True
+            destination.manager.activate()
+        assert (init.result(TIMEOUT_S).result == 0) is activates
+        assert (code(other.tpm(STARTUP_CLEAR)) == OK) is activates
 
 
 def test_init_fails_when_the_state_is_refused(source: Vtpmd, guest: PlayedEmulator, destination: Vtpmd) -> None:

@@ -21,6 +21,7 @@ from vtpm.errors import (
     AttestationError,
     ConflictError,
     NotFoundError,
+    StateError,
     StoreError,
     UnavailableError,
     VtpmError,
@@ -31,10 +32,11 @@ from vtpm.manager.guest_moves import GuestMoves
 from vtpm.manager.instance_link import InstanceLink, LinkFacts
 from vtpm.manager.lifecycle import Happening, after
 from vtpm.manager.migrations import MigrationService
+from vtpm.manager.ordered import MAX_WAITING
 from vtpm.manager.running import Running
 from vtpm.migration.mover import Place
 from vtpm.migration.payload import Payload
-from vtpm.tpm.types import InstanceId, StateKind, TpmVersion, VtpmId
+from vtpm.tpm.types import MAX_SEALED_BYTES, InstanceId, StateKind, TpmVersion, VtpmId
 from vtpm.vault.holding import Right
 from vtpm.vault.records import VtpmRecord
 from vtpm.vault.sqlite_store import SqliteStore
@@ -123,9 +125,14 @@ class GuestVtpms(Vtpms):
             raise ConflictError("the instance is no more")
         return info, cast(InstanceLink, PlayedLink())
 
-    async def end_inert(self, vtpm_id: VtpmId) -> None:
-        self.alive.pop(vtpm_id, None)
-        self.told.append("inert instance ended")
+    def is_held(self, running: Running) -> bool:
+        return self._host.record(running.record.id).lifecycle == "running"
+
+    async def settle_ended(self, vtpm_id: VtpmId) -> None:
+        self.told.append("stopped")
+
+    async def settle_running(self, running: Running, how: str) -> None:
+        del self.running[running.record.id]
 
     async def end_passing(self, record: VtpmRecord, how: str) -> None:
         self.alive.pop(record.id, None)
@@ -287,7 +294,7 @@ def test_ticket_is_of_one_instance_and_ends_with_its_time(link: Guests) -> None:
     with pytest.raises(ConflictError, match="no migration of vTPM web1"):
         run(link.depart(record.id))
     assert link.right("a", record.id) is Right.HELD
-    assert not link.hosts["a"].mover.has_proof(record.id)
+    assert link.moves["a"].departures.tickets() == {}
 
 
 def test_ticket_is_withdrawn_by_an_abort_and_used_once(link: Guests) -> None:
@@ -315,7 +322,7 @@ def test_guest_goes_on_at_its_source_and_what_was_sent_is_worthless(link: Guests
         sealed = await link.depart(record.id)
         await link.moves["b"].arrive(record.id, sealed)
         await link.moves["a"].take_back(record.id)
-        await link.until(lambda: "inert instance ended" in link.vtpms["b"].told)
+        await link.until(lambda: "passing instance ended" in link.vtpms["b"].told)
         return sealed
 
     sealed = run(go())
@@ -379,7 +386,7 @@ def test_nothing_is_refused_for_good_while_it_may_be_frozen(
     monkeypatch.setattr(SqliteStore, "record_move", fails)
 
     async def go() -> None:
-        with pytest.raises(StoreError):
+        with pytest.raises((StoreError, UnavailableError)):
             await link.depart(record.id)
         monkeypatch.undo()
         # Where it is known by now that nothing was recorded, its TPM may go on at once.
@@ -578,7 +585,7 @@ def test_nothing_is_expected_by_nobodys_word_or_twice_or_where_it_is_already(lin
     assert (listed.uuid, listed.phase) == (expected, Phase.EXPECTED)
     assert there.images() == [("web2", "process", "m" * 64)]
     run(link.services["b"].discard("web2", ROOT))
-    assert link.vtpms["b"].told == ["inert instance ended"]
+    assert link.vtpms["b"].told == ["passing instance ended"]
     with pytest.raises(NotFoundError):
         run(link.services["b"].discard("web2", ROOT))
 
@@ -657,3 +664,167 @@ def test_what_an_instance_brings_is_refused_when_it_is_no_state_or_nothing_is_ex
     link.moves["b"].wanted(record.id)
     assert link.moves["b"].arrivals._waiting[record.id].asking is None
     assert run(link.cross(record.id)) == STATES
+
+
+def test_vtpm_is_not_lost_to_its_guest_when_the_store_fails_as_it_is_taken_back(
+    link: Guests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departures, "SETTLE_PAUSE_S", 0.01)
+    record = link.begin()
+    vtpms = link.vtpms["a"]
+    go_on, failures = vtpms.go_on, [StateError("damaged"), StoreError("full"), NotFoundError("none")]
+
+    async def fails(running: Running, record: VtpmRecord) -> None:
+        if failures:
+            raise failures.pop()
+        await go_on(running, record)
+
+    monkeypatch.setattr(vtpms, "go_on", fails)
+
+    async def go() -> None:
+        await link.depart(record.id)
+        with pytest.raises(UnavailableError, match="whether it stays is not known yet"):
+            await link.moves["a"].take_back(record.id)
+        # It was aborted, so what was handed out is worth nothing: it is not handed out again.
+        with pytest.raises(UnavailableError, match="taken back first"):
+            await link.depart(record.id)
+        # By itself, too, for an instance may not ask again.
+        link.moves["a"].departures.settled(record.id)
+        await link.until(lambda: vtpms.told == ["frozen", "goes on in epoch 3"])
+        await link.moves["a"].take_back(record.id)
+
+    run(go())
+
+
+def test_departure_is_refused_for_good_only_when_its_vtpm_goes_on(
+    link: Guests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = link.begin()
+
+    def no_key(_: object) -> None:
+        raise StateError("the root key is locked")
+
+    async def fails(*_: object) -> None:
+        raise StateError("the root key is locked")
+
+    monkeypatch.setattr(link.hosts["a"], "key", no_key)
+    monkeypatch.setattr(link.vtpms["a"], "go_on", fails)
+
+    async def go() -> None:
+        with pytest.raises(UnavailableError, match="to be taken back"):
+            await link.depart(record.id)
+        monkeypatch.undo()
+        await link.moves["a"].take_back(record.id)
+        with pytest.raises(ConflictError, match="no migration"):
+            await link.depart(record.id)
+
+    run(go())
+    assert link.vtpms["a"].told == ["frozen", "goes on in epoch 1"]
+
+
+def test_nothing_is_frozen_that_no_guest_can_take(link: Guests) -> None:
+    record = link.begin()
+    info = link.vtpms["a"].running[record.id].info
+    with pytest.raises(VtpmError, match="1048576"):
+        run(link.moves["a"].depart(record.id, info.instance_id, bytes(MAX_SEALED_BYTES)))
+    assert link.right("a", record.id) is Right.HELD
+
+
+def test_vtpm_is_stopped_when_its_instance_has_ended_before_the_move_was_aborted(link: Guests) -> None:
+    record = link.begin()
+
+    async def go() -> None:
+        await link.depart(record.id)
+        del link.vtpms["a"].running[record.id]
+        await link.services["a"].abort("web1", ROOT)
+        await link.until(lambda: "stopped" in link.vtpms["a"].told)
+
+    run(go())
+
+
+def test_second_state_for_an_inert_vtpm_changes_nothing(link: Guests) -> None:
+    record = link.begin()
+
+    async def go() -> None:
+        sealed = bytearray(await link.depart(record.id))
+        await link.moves["b"].arrive(record.id, bytes(sealed))
+        sealed[-1] ^= 1
+        with pytest.raises(VtpmError):
+            await link.moves["b"].arrive(record.id, bytes(sealed))
+        # It is inert, and nothing that is merely expected.
+        assert await link.moves["b"].arrivals.give_up("web1", ROOT) is None
+        link.moves["b"].wanted(record.id)
+        await link.until(lambda: link.running(record.id) == [False, True])
+
+    run(go())
+
+
+def test_state_that_is_to_come_with_its_guest_is_not_taken_from_its_peer(link: Guests) -> None:
+    record = link.begin(Guest.DRIVEN)
+
+    async def go() -> None:
+        sealed = await link.depart(record.id)
+        with pytest.raises(ConflictError, match="is to come with its guest"):
+            await link.services["b"].receive("a", record.id, sealed, link.hosts["b"].channel)
+        assert link.right("b", record.id) is Right.ABSENT
+        await link.moves["b"].arrive(record.id, sealed)
+
+    run(go())
+
+
+def test_instance_that_dies_as_its_vtpm_begins_is_noted(link: Guests) -> None:
+    record = link.begin()
+
+    async def go() -> None:
+        await link.cross(record.id)
+        info = link.alive["b"][record.id]
+        link.moves["b"].wanted(record.id)
+        await link.until(lambda: link.running(record.id) == [False, True])
+        # The word of its end was on its way meanwhile.
+        await link.moves["b"].ended(record.id, info.instance_id, "killed")
+
+    run(go())
+    assert link.running(record.id) == [False, False]
+
+
+def test_nothing_waits_any_more_when_the_launcher_is_gone(link: Guests) -> None:
+    record = link.begin()
+
+    async def go() -> None:
+        await link.cross(record.id)
+        await link.moves["b"].all_ended("the launcher is gone")
+
+    run(go())
+    assert not link.moves["b"].expects(record.id)
+    assert link.hosts["b"].record(record.id).instance_id is None
+
+
+def test_operator_s_word_is_about_the_vtpm_that_is_here_when_another_of_its_name_has_moved(link: Guests) -> None:
+    first = link.begin()
+
+    async def go() -> None:
+        await link.cross(first.id)
+        link.moves["b"].wanted(first.id)
+        await link.until(lambda: link.running(first.id) == [False, True])
+
+    run(go())
+    second = link.hosts["a"].manufactured()
+    link.vtpms["a"].runs(second)
+    with pytest.raises(ConflictError, match="not on its way"):
+        run(link.services["a"].abort("web1", ROOT))
+    with pytest.raises(ConflictError, match="no migration that is driven"):
+        run(link.services["a"].arrived("web1", ROOT))
+
+
+def test_departures_that_were_given_up_do_not_pile_up(link: Guests) -> None:
+    record = link.begin()
+
+    async def go() -> None:
+        async with link.moves["a"].departures._work.lock(record.id):
+            asked = [asyncio.create_task(link.depart(record.id)) for _ in range(MAX_WAITING)]
+            await asyncio.sleep(0)
+            with pytest.raises(UnavailableError, match="too much is asked"):
+                await link.depart(record.id)
+        assert len({await one for one in asked}) == 1
+
+    run(go())

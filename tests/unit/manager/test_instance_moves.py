@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from vtpm.errors import ConflictError, StoreError, UnavailableError, VtpmError
+from vtpm.errors import ConflictError, ProtocolError, StoreError, UnavailableError, VtpmError
 from vtpm.manager.instance_moves import NO_MOVE, InstanceMoves, MoveCalls
 from vtpm.tpm.types import MAX_SEALED_BYTES, StateKind
 from vtpm.wire.manager_link import (
@@ -128,3 +128,26 @@ def test_whoever_decides_hears_of_it_when_the_guest_wants_its_vtpm() -> None:
     wanted: list[int] = []
     assert ask(replace(GRANTED, wanted=lambda: wanted.append(1)), Wanted(3)) == []
     assert wanted == [1]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[Wanted(3), Wanted(3)], [Wanted(3), Wanted(4)], [*move_messages(Arrive, 3, b"sealed"), Wanted(4)]],
+    ids=["again", "another", "not what arrived"],
+)
+def test_vtpm_that_is_wanted_without_end_is_nonsense(messages: list[MoveToManager]) -> None:
+    wanted = list[int]()
+
+    async def run() -> None:
+        moves = InstanceMoves(replace(GRANTED, wanted=lambda: wanted.append(1)), lambda _: None)
+        for message in messages[:-1]:
+            moves.receive(message)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        asked = len(wanted)
+        with pytest.raises(ProtocolError):
+            moves.receive(messages[-1])
+        moves.close()
+        assert len(wanted) == asked
+
+    asyncio.run(run())
