@@ -1,1 +1,1 @@
-"""Typed client of the manager's API."""
+"""Typed client of the manager's API, and what drives QEMU's live migration."""

@@ -103,7 +103,7 @@ def on_terminal(*words: str, typed: str = "", typed_again: str = "") -> Ended:
             unanswered = typed
             while True:
                 if select.select([terminal], [], [], PATIENCE_S)[0]:
-                    chunk = _read(terminal)
+                    chunk = read_terminal(terminal)
                     if not chunk:
                         break
                     seen += chunk
@@ -121,7 +121,8 @@ def on_terminal(*words: str, typed: str = "", typed_again: str = "") -> Ended:
     return Ended(status, seen.decode(), "")
 
 
-def _read(terminal: FileIO) -> bytes:
+def read_terminal(terminal: FileIO) -> bytes:
+    """Return what a terminal has shown next, or nothing when its other side is closed."""
     try:
         return terminal.read(4096)
     except OSError:
