@@ -204,7 +204,7 @@ class Handshake:
         """
         if self._phase is Phase.GONE:
             return ()
-        if not self._is_same(keys):
+        if not belongs(keys.uuid, keys.frontend_id, self._device, self._uuid):
             self._phase = Phase.GONE
             return (Disconnect(),)
         actions: list[Action] = []
@@ -227,9 +227,6 @@ class Handshake:
         """The last Connect could not be carried out, or what was connected cannot be used any more."""
         self._phase = Phase.REFUSED
         return (Refuse(reason), Disconnect(), _write(XenbusState.CLOSED))
-
-    def _is_same(self, keys: Keys) -> bool:
-        return parse_uuid(keys.uuid) == self._uuid and keys.frontend_id == str(self._device.domain).encode()
 
     def _detach(self, state: XenbusState | None) -> list[Action]:
         """The toolstack detaches the device. It waits for Closed, and then for the directory to go, 10 s each."""
@@ -306,6 +303,11 @@ def parse_uuid(value: bytes | None) -> UUID | None:
     if value is None or _UUID.fullmatch(value.lower()) is None:
         return None
     return UUID(value.decode())
+
+
+def belongs(uuid_key: bytes | None, frontend_id_key: bytes | None, device: DeviceId, uuid: UUID) -> bool:
+    """Whether a device's directory, by two of its keys, is the vTPM's, and of the domain that its path names."""
+    return parse_uuid(uuid_key) == uuid and frontend_id_key == str(device.domain).encode()
 
 
 def read_offer(keys: Keys) -> Connect:
