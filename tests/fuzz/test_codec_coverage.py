@@ -45,6 +45,8 @@ CODECS = {
     "wire/emulator_messages": HeldBy("wire/test_emulator*.py", "emulator", 85),
     "wire/emulator_replies": HeldBy("wire/test_emulator*.py", "emulator", 90),
     "wire/tpm_stream": HeldBy("wire/test_tpm_stream.py", "tpm_stream", 95),
+    "wire/xen_ring": HeldBy("wire/test_xen_ring.py", "xen_ring", 85),
+    "wire/xenbus": HeldBy("wire/test_xenbus.py", "xenbus", 80),
     "wire/hold": HeldBy("wire_hold/test_hold.py", "hold"),
     "wire/service": HeldBy("wire_service/test_service.py", "service"),
     "wire/service_codec": HeldBy("wire_service/test_service.py", "service", 90),
