@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
 
+from vtpm.cli.live_migration import drive_guest
 from vtpm.cli.output import Output, print_json, print_line, print_table, progress
 from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
-from vtpm.errors import NotFoundError, UsageError
+from vtpm.errors import NotFoundError, UsageError, VtpmError
 from vtpm.tpm.types import TpmVersion
 from vtpm.wire.api import DomainName
 from vtpm.wire.api_migrations import Guest, Migration, Phase, ReceiveVtpm
+
+if TYPE_CHECKING:
+    from vtpm.client.manager_client import ManagerClient
 
 _WHAT = {
     "absent": "is not here",
@@ -31,6 +37,10 @@ _WHAT = {
     help="What it is to live in there; without, what it lives in here.",
 )
 @click.option("--live", is_flag=True, help="Let it leave with its guest, which you then migrate; see also --qmp.")
+@click.option("--qmp", metavar="ADDRESS", help="QEMU's monitor here, a socket or HOST:PORT: have its guest migrated.")
+@click.option("--peer-qmp", metavar="ADDRESS", help="With --qmp: that of the QEMU which waits there for the guest.")
+@click.option("--uri", help="With --qmp: the way that the guest takes, such as tcp:HOST:PORT, the same for both QEMUs.")
+@click.option("--limit-s", type=click.FloatRange(1), default=900.0, show_default=True, help="For the guest to leave.")
 @click.option("--status", is_flag=True, help="Show what has moved or is on its way: of NAME, or all.")
 @click.option("--abort", is_flag=True, help="Take back what is frozen on its way; never what has moved.")
 @click.option("--discard", is_flag=True, help="Destroy what is inert here: it is its source's, or nobody's.")
@@ -43,6 +53,10 @@ def migrate(
     to: str | None,
     domain: str | None,
     live: bool,
+    qmp: str | None,
+    peer_qmp: str | None,
+    uri: str | None,
+    limit_s: float,
     status: bool,
     abort: bool,
     discard: bool,
@@ -52,9 +66,16 @@ def migrate(
 
     At most one of the two hosts can ever run it. Once it has moved it cannot be taken back; it moves back.
     """
-    if [to is not None, status, abort, discard].count(True) != 1 or ((domain or live) and to is None):
+    with_guest = live or qmp or peer_qmp or uri
+    if [to is not None, status, abort, discard].count(True) != 1 or ((domain or with_guest) and to is None):
         raise UsageError(
-            "a migration needs one of --to, --status, --abort and --discard; --domain and --live go with --to",
+            "a migration needs one of --to, --status, --abort and --discard; --domain, --live and --qmp go with --to",
+            next_step="See vtpm migrate --help",
+        )
+    driven = qmp is not None and peer_qmp is not None and uri is not None
+    if (live and (qmp or peer_qmp or uri)) or (bool(qmp or peer_qmp or uri) and not driven):
+        raise UsageError(
+            "to have the guest migrated takes --qmp, --peer-qmp and --uri, and no --live",
             next_step="See vtpm migrate --help",
         )
     with session.connect() as manager:
@@ -75,6 +96,8 @@ def migrate(
             done = manager.discard_arrival(name)
         elif to is None:
             done = manager.abort_migration(name)
+        elif qmp is not None and peer_qmp is not None and uri is not None:
+            done = _drive(manager, session, name, to, (qmp, peer_qmp, uri), limit_s)
         elif live:
             with progress(f"Preparing {name} for {to}: both hosts prove what they are", session.output):
                 done = manager.migrate(name, to, DomainName(domain) if domain else None, Guest.FOREIGN)
@@ -101,6 +124,41 @@ def adopt(session: Session, name: str, source_is_lost: bool, yes: bool) -> None:
     with session.connect() as manager:
         done = manager.adopt(name, source_is_lost=source_is_lost)
     _print(done, session.output)
+
+
+def _drive(
+    manager: ManagerClient, session: Session, name: str, to: str, way: tuple[str, str, str], limit_s: float
+) -> Migration:
+    """Have the guest migrated, and its vTPM with it; take the permission to leave back if that came to nothing."""
+    # Takes long to import.
+    from vtpm.client.live_migration import LiveMigrationError, Whereabouts
+
+    moved: list[Migration] = []
+
+    def departing() -> None:
+        manager.migrate(name, to, guest=Guest.DRIVEN)
+
+    def arrived() -> None:
+        moved.append(manager.arrived(name))
+
+    vm_uuid = manager.show(name).vm_uuid
+    try:
+        drive_guest(
+            name,
+            *way,
+            departing=departing,
+            arrived=arrived,
+            vm_uuid=vm_uuid,
+            limit_s=limit_s,
+            output=session.output,
+        )
+    except LiveMigrationError as error:
+        if error.whereabouts is Whereabouts.SOURCE:
+            # Used already, or not: it is worth nothing from here on.
+            with contextlib.suppress(VtpmError):
+                manager.abort_migration(name)
+        raise
+    return moved[0]
 
 
 @click.command()
