@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from uuid import UUID
 
 import pytest
@@ -20,6 +22,7 @@ from vtpm.wire.api_migrations import Phase, ReceiveVtpm
 
 pytestmark = pytest.mark.timeout(300)
 LIMIT_S = 60.0
+MOVES = int(os.environ.get("VTPM_MOVES", "20"))
 OTHER = {"host-a": "host-b", "host-b": "host-a"}
 
 
@@ -98,6 +101,13 @@ class Journey:
         other.adopt(self.guest)
         self.guest, self.at = other, OTHER[self.at]
 
+    def leave(self, other: Guest) -> None:
+        """As has_moved, and end the emulator that the guest has left."""
+        left = self.guest
+        self.has_moved(other)
+        self.guest.check("true", timeout_s=LIMIT_S)
+        left.kill()
+
     def states(self) -> dict[str, str]:
         """Return in which state the vTPM is, where it is at all."""
         found = dict[str, str]()
@@ -143,6 +153,27 @@ def test_guest_goes_there_and_back_with_its_vtpm_and_misses_nothing(journey: Jou
     journey.has_moved(other)
     check_beats(journey.guest)
     journey.end()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_guest_goes_to_and_fro_again_and_again_and_misses_nothing(journey: Journey) -> None:
+    begin_beat(journey.guest)
+    stalls_ms = []
+    for leg in range(MOVES):
+        other = journey.expect()
+        how = (With.FOREIGN, With.DRIVEN)[leg % 2]
+        journey.prepare(how)
+        assert journey.migrate(other) == "completed"
+        stalls_ms.append(int(journey.guest.qmp.execute("query-migrate")["downtime"]))
+        if how is With.DRIVEN:
+            with journey.here.client() as client:
+                client.arrived(journey.name)
+        other.qmp.execute("cont")
+        journey.leave(other)
+    check_beats(journey.guest)
+    journey.end()
+    print(f"{MOVES} moves; QEMU's downtime in ms: median {median(stalls_ms)}, most {max(stalls_ms)}")
 
 
 def test_guest_goes_on_where_it_is_when_its_vtpm_may_not_leave_or_does_not_arrive(journey: Journey) -> None:
