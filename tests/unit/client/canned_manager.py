@@ -256,7 +256,13 @@ class CannedManager:
             case ["GET", "migrations"]:
                 return 200, self.migrations
             case ["POST", "vtpms", name, "migrate"]:
-                return 200, replace(MOVED, name=self._find(name).name, peer=body["to"])
+                left = replace(MOVED, name=self._find(name).name, peer=body["to"])
+                ready = replace(left, right="held", epoch=1, phase=Phase.READY)
+                return 200, left if body["guest"] == "none" else ready
+            case ["POST", "vtpms", name, "migrate", "arrived"]:
+                return 200, replace(MOVED, name=self._find(name).name)
+            case ["POST", "vtpms", name, "receive"]:
+                return 200, replace(self._find(name), state="inert")
             case ["POST", "vtpms", name, "migrate", "abort"]:
                 return 200, replace(MOVED, name=self._find(name).name, right="held", epoch=3)
             case ["POST", "vtpms", name, "migrate", "discard"]:
