@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -12,10 +14,12 @@ from uuid import UUID
 
 import pytest
 
-from tests.support.guest import Guest, GuestConfig, Image, TpmModel, build_image
-from tests.support.guest.beat import begin_beat, check_beats
-from tests.support.host import Host
-from tests.support.two_hosts import Peers, known_to_each_other
+from tests.support.cut_link import CutLink
+from tests.support.guest import Guest, GuestConfig, Image, TpmModel
+from tests.support.guest.beat import beat_image, begin_beat, check_beats
+from tests.support.guest.channel import Deadline
+from tests.support.host import Host, wait_ended
+from tests.support.two_hosts import Peers, free_port, known_to_each_other
 from vtpm.errors import ConflictError, VtpmError
 from vtpm.wire.api_migrations import Guest as With
 from vtpm.wire.api_migrations import Phase, ReceiveVtpm
@@ -34,7 +38,7 @@ def peers() -> Iterator[Peers]:
 
 @pytest.fixture(scope="module")
 def image() -> Image:
-    return build_image()
+    return beat_image()
 
 
 class Journey:
@@ -42,6 +46,7 @@ class Journey:
 
     Args:
         guest: that runs.
+        waiting: process id of the instance that waits for its vTPM.
     """
 
     def __init__(self, peers: Peers, image: Image, folder: Path, stack: contextlib.ExitStack) -> None:
@@ -50,6 +55,7 @@ class Journey:
         self.folder = folder
         self.stack = stack
         self.legs = 0
+        self.waiting = 0
         self.at = "host-a"
         self.name = "web1"
         with self.here.client() as client:
@@ -70,7 +76,9 @@ class Journey:
         """Have the other host expect both; returns the emulator that waits for the guest."""
         self.legs += 1
         with self.there.client() as client:
-            control = Path(client.receive(self.name, ReceiveVtpm(self.uuid)).control_socket)
+            waiting = client.receive(self.name, ReceiveVtpm(self.uuid))
+        assert waiting.pid is not None
+        self.waiting, control = waiting.pid, Path(waiting.control_socket)
         arguments = ("-incoming", "defer", "-S", *self._monitor())
         config = GuestConfig(self.image, control, TpmModel.CRB, extra_arguments=arguments)
         return self.stack.enter_context(Guest(config, self.folder / f"leg{self.legs}", incoming=True))
@@ -95,6 +103,18 @@ class Journey:
         other.qmp.execute("migrate-incoming", uri=uri)
         self.guest.qmp.execute("migrate", uri=uri)
         return self.guest.wait_migrated(LIMIT_S)
+
+    def begin_and_pause(self, other: Guest, listens: str, uri: str) -> None:
+        """Have the guest migrated up to where its last state would go, which is its TPM's too."""
+        wanted = [{"capability": name, "state": True} for name in ("return-path", "pause-before-switchover")]
+        self.guest.qmp.execute("migrate-set-capabilities", capabilities=wanted)
+        other.qmp.execute("migrate-set-capabilities", capabilities=wanted[:1])
+        other.qmp.execute("migrate-incoming", uri=listens)
+        self.guest.qmp.execute("migrate", uri=uri)
+        deadline = Deadline(LIMIT_S)
+        while (status := self.guest.qmp.execute("query-migrate").get("status")) != "pre-switchover":
+            assert deadline.remaining_s() and status not in ("failed", "completed"), status
+            time.sleep(0.05)
 
     def has_moved(self, other: Guest) -> None:
         """The guest is the other's from here on."""
@@ -193,6 +213,31 @@ def test_guest_goes_on_where_it_is_when_its_vtpm_may_not_leave_or_does_not_arriv
         client.discard_arrival("web2")
     assert journey.states() == {"host-a": "running"}
     check_beats(journey.guest)
+    journey.end()
+
+
+@pytest.mark.parametrize("dies", ["emulator", "vtpmd", "link"])
+def test_guest_goes_on_where_it_is_when_its_destination_fails_at_the_switch_over(journey: Journey, dies: str) -> None:
+    begin_beat(journey.guest)
+    other = journey.expect()
+    journey.prepare(With.FOREIGN)
+    port = free_port()
+    with CutLink(("127.0.0.1", port)) as link:
+        journey.begin_and_pause(other, f"tcp:127.0.0.1:{port}", f"tcp:127.0.0.1:{link.port}")
+        match dies:
+            case "emulator":
+                other.kill()
+            case "vtpmd":
+                os.kill(journey.waiting, signal.SIGKILL)
+                assert wait_ended(journey.waiting, LIMIT_S)
+            case "link":
+                link.cut_after(0, answers=False)
+        journey.guest.qmp.execute("migrate-continue", state="pre-switchover")
+        assert journey.guest.wait_migrated(LIMIT_S) == "failed"
+    check_beats(journey.guest)
+    assert journey.states() == {"host-a": "running"}
+    with journey.there.client() as client, contextlib.suppress(VtpmError):
+        client.discard_arrival(journey.name)
     journey.end()
 
 

@@ -11,9 +11,8 @@ from uuid import UUID
 
 import pytest
 
-from tests.integration.vtpm.test_live_migration import BEAT, LIMIT_S, check_beats
-from tests.support.guest import Guest, GuestConfig, Image, TpmModel, build_image
-from tests.support.guest.channel import Deadline
+from tests.support.guest import Guest, GuestConfig, Image, TpmModel
+from tests.support.guest.beat import LIMIT_S, beat_image, begin_beat, check_beats
 from tests.support.vtpmd import PlayedManager, Vtpmd
 from vtpm.client.live_migration import InterruptedMigrationError, LiveMigrationError, Whereabouts, drive
 from vtpm.client.qemu_monitor import Progress, QmpAddress
@@ -115,11 +114,8 @@ class Moves:
 @pytest.fixture
 def moves(tmp_path: Path) -> Iterator[Moves]:
     with ExitStack() as stack:
-        one = Moves(stack, build_image(), tmp_path)
-        one.guest.check(BEAT)
-        deadline = Deadline(LIMIT_S)
-        while one.guest.run("test $(cat /tmp/beat.count) -gt 2").status:
-            assert deadline.remaining_s()
+        one = Moves(stack, beat_image(), tmp_path)
+        begin_beat(one.guest)
         yield one
 
 

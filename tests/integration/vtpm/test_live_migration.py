@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guest import Guest, GuestConfig, Image, TpmModel, build_image
-from tests.support.guest.beat import begin_beat, check_beats
+from tests.support.guest import Guest, GuestConfig, Image, TpmModel
+from tests.support.guest.beat import beat_image, begin_beat, check_beats
 from tests.support.relayed import RelayedVtpmd
 from tests.support.vtpmd import Vtpmd
 from vtpm.wire.manager_link import Arrive, Depart, LinkPower, PowerChanged, Return, Wanted
@@ -38,7 +38,7 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def image() -> Image:
-    return build_image()
+    return beat_image()
 
 
 @pytest.fixture(params=[Vtpmd, RelayedVtpmd], ids=["process", "relayed"])
