@@ -56,8 +56,8 @@ int main(void)
 """
 """Extends PCR 16 with 0, 1, 2, ... and counts in NV without pause, and notes each failure.
 
-One process that writes to little memory: QEMU 7.2 under TCG sometimes misses what a guest writes while its memory is sent.
-A guest that forked without pause came over with a corrupted kernel once in some sixty moves.
+One process that writes to little memory: QEMU 7.2 under TCG sometimes misses what a guest writes while its memory is
+sent. A guest that forked without pause came over with a corrupted kernel once in some sixty moves.
 """
 _BEGIN = f"""
 tpm2_nvdefine -C o -a "ownerread|ownerwrite|authread|authwrite|nt=1" {COUNTER} > /dev/null || exit 1
