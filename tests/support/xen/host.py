@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from tests.support.guest import Guest, GuestConfig, GuestEnded, GuestError, ImageSpec, Result
+from tests.support.guest import Guest, GuestConfig, GuestEnded, GuestError, ImageSpec, Result, TpmModel
 from tests.support.guest.agent import Agent
 from tests.support.guest.channel import Deadline
 from tests.support.guest.guest import Hypervisor
@@ -84,6 +84,7 @@ class XenHost(Guest):
         dom0: what dom0 holds.
         guest: what each guest holds.
         memory_mib, dom0_memory_mib: of the machine, and of that for dom0.
+        tpm_control_socket: of the emulator of the machine's TPM, which dom0 has; None for a machine without one.
     """
 
     def __init__(
@@ -94,10 +95,12 @@ class XenHost(Guest):
         guest: ImageSpec = GUEST,
         memory_mib: int = MEMORY_MIB,
         dom0_memory_mib: int = DOM0_MEMORY_MIB,
-        extra_arguments: tuple[str, ...] = (),
+        tpm_control_socket: Path | None = None,
     ) -> None:
         config = GuestConfig(
             build_host(dom0, guest),
+            tpm_control_socket,
+            TpmModel.TIS,
             hypervisor=Hypervisor(
                 fetch_hypervisor(),
                 f"console=com1 com1=115200,8n1 dom0_mem={dom0_memory_mib}M,max:{dom0_memory_mib}M noreboot",
@@ -107,7 +110,6 @@ class XenHost(Guest):
             processors=2,
             memory_mib=memory_mib,
             ports=(FILES, *CONSOLES),
-            extra_arguments=extra_arguments,
         )
         super().__init__(config, work_folder, BOOT_TIMEOUT_S)
         self._free_ports = list(CONSOLES)
