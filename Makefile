@@ -17,10 +17,12 @@ APT_RUN := python3-venv python3-dev gcc libffi-dev libtpms-dev libtss2-dev pkg-c
 #   systemd-boot-efi                           EFI stub of guests' unified kernel images; objcopy comes with gcc
 #   osslsigncode                               peer for Authenticode digests
 #   procps util-linux dpkg cpio lz4            ps, setpriv and unshare, and unpacking kernels and images
+# Fetched by tests with `apt-get download`, not installed: the kernels of linux-image-cloud-amd64 and linux-image-amd64, Xen
+# (xen-hypervisor-4.17-amd64, xen-utils-4.17, and what tests/support/xen/images.py names for them).
 APT_TEST := qemu-system-x86 ovmf seabios tpm2-tools busybox-static kmod swtpm swtpm-tools strace \
   systemd-boot-efi osslsigncode procps util-linux cpio lz4 linux-libc-dev
 
-.PHONY: install demo test soak bench lint clean always
+.PHONY: install demo test test-xen soak bench lint clean always
 
 # Services give up root's rights and must be able to read the program. Where they could not (a checkout in root's home),
 # the program is installed beside the checkout's folder tree, and .venv is a link to it.
@@ -51,6 +53,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m "not soak"
+
+# Of those, what runs on real Xen under emulation.
+test-xen: install
+	$(BIN)/python -m pytest -m "not soak" tests/integration/xen
 
 # Long runs; their last result stands in docs/reliability.md.
 soak: install

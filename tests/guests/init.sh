@@ -1,6 +1,7 @@
 #!/bin/sh
 # First process of a test guest: mounts what the TPM tools need, loads the modules of the image, then serves the agent
-# protocol of tests/support/guest/agent.py on the second serial port. It runs until the guest is reset or powered off.
+# protocol of tests/support/guest/agent.py on the second serial port, or on the one that the kernel's command line names
+# as agent_port. It runs until the guest is reset or powered off.
 export PATH=/usr/bin:/bin:/usr/sbin:/sbin HOME=/root TPM2TOOLS_TCTI=device:/dev/tpmrm0
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -14,7 +15,7 @@ done < /etc/modules-in-order
 if [ -x /etc/setup ]; then /etc/setup; fi
 
 # Raw in both directions: no line-length limit, no echo, no newline translation.
-port=/dev/ttyS1
+port=${agent_port:-/dev/ttyS1}
 stty -F $port 115200 raw -echo
 exec 3<> $port
 

@@ -46,6 +46,7 @@ def test_everything_a_vtpmd_does_works_when_locked_down() -> None:
         "client": "client",
         "peer": 12,
         "socketpair": "wake",
+        "clocks": [0, 0],
         "random": 32,
         "big block": 16 << 20,
         "file": "",

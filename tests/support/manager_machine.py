@@ -6,36 +6,26 @@ keeper and manager can tell, and its one way out is the port to the launcher.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from tests.support.guest import Guest, GuestConfig, GuestError, ImageSpec, TpmModel, build_image
+from tests.support.in_guest import TSS_GROUP, with_vtpm
 from tests.support.uids import own_uid_base
 from vtpm.config import INSTANCE_UID_OFFSET, MANAGER_UID_OFFSET
 from vtpm.wire.launcher_port import LAUNCHER_PORT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120.0
 CLI_TIMEOUT_S = 90.0
 MEMORY_MIB = 512
 _LOG = "/run/managerd.log"
 _DISK_BYTES = 64 * 1024 * 1024
-_MODULES = "/usr/local/lib/python3.11/dist-packages"
-_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
-_PROGRAM = "#!/usr/bin/python3.11 -I\nimport sys\nfrom {module} import main\nsys.exit(main())\n"
-_PROGRAMS = {
-    "vtpm": "vtpm.cli.main",
-    "vtpm-managerd": "vtpm.starter.main",
-}
 _SETTINGS = f"""\
 platform_tpm = "device:/dev/tpmrm0"
 launcher_port = "/dev/virtio-ports/{LAUNCHER_PORT}"
@@ -47,7 +37,7 @@ for port in /sys/class/virtio-ports/*; do
     ln -s ../${{port##*/}} /dev/virtio-ports/$(cat $port/name)
 done
 test -e /dev/virtio-ports/{LAUNCHER_PORT}
-chgrp 59 /dev/tpmrm0
+chgrp {TSS_GROUP} /dev/tpmrm0
 chmod 660 /dev/tpmrm0
 setsid vtpm-managerd --config /etc/vtpm.toml > {_LOG} 2>&1 &
 """
@@ -55,62 +45,14 @@ setsid vtpm-managerd --config /etc/vtpm.toml > {_LOG} 2>&1 &
 
 def image_spec() -> ImageSpec:
     """Return what the machine holds: of this checkout and its virtual environment."""
-    return ImageSpec(
+    spec = ImageSpec(
         name="manager",
         modules=("virtio_pci", "virtio_blk", "virtio_console", "ext4"),
         programs={"tpm2": "tpm2-tools", "tpm2_pcrread": "tpm2-tools"},
-        packages=("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"),
-        # The first brings all of tpm2-tss but what that opens at run time; the others are loaded by Python's packages.
-        libraries=tuple(
-            _LIBRARIES / name
-            for name in (
-                "libtss2-fapi.so.1",
-                "libtss2-rc.so.0",
-                "libtss2-tcti-device.so.0",
-                "libtpms.so.0",
-                "libgcc_s.so.1",
-                "libpthread.so.0",
-                "libdl.so.2",
-                "librt.so.1",
-                "libutil.so.1",
-            )
-        ),
-        trees={f"{_MODULES}/vtpm": CHECKOUT / "src" / "vtpm"},
-        files={
-            **_dependencies(),
-            **{f"/usr/bin/{name}": _PROGRAM.format(module=module).encode() for name, module in _PROGRAMS.items()},
-            "/etc/vtpm.toml": _SETTINGS.encode(),
-            "/etc/passwd": b"root:x:0:0:root:/root:/bin/sh\n",
-            "/etc/group": b"root:x:0:\ntss:x:59:\n",
-        },
+        files={"/etc/vtpm.toml": _SETTINGS.encode()},
         setup=_SETUP,
     )
-
-
-def _dependencies() -> Mapping[str, bytes]:
-    """Every file of the packages that vtpm needs, and of those that they need."""
-    found: dict[str, bytes] = {}
-    done: set[str] = set()
-    waiting = ["vtpm"]
-    while waiting:
-        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
-        if name in done:
-            continue
-        done.add(name)
-        try:
-            package = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            # For another version of Python than this one.
-            continue
-        waiting += [
-            re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in package.requires or () if "extra ==" not in line
-        ]
-        # An editable installation of vtpm has a file that names this checkout.
-        left_out = {"__pycache__", ".."} | {f for f in map(str, package.files or ()) if f.endswith(".pth")}
-        for file in package.files or ():
-            if not left_out.intersection(file.parts):
-                found[f"{_MODULES}/{file}"] = Path(str(file.locate())).read_bytes()
-    return found
+    return with_vtpm(spec, {"vtpm": "vtpm.cli.main", "vtpm-managerd": "vtpm.starter.main"})
 
 
 def make_disk(path: Path) -> None:

@@ -59,6 +59,7 @@ SYSCALLS: dict[str, Numbers] = {
         "getsockname": (51, 204),
         "getsockopt": (55, 209),
         "gettid": (186, 178),
+        "gettimeofday": (96, 169),
         "ioctl": (16, 29),
         "lseek": (8, 62),
         "lstat": (6, None),

@@ -21,6 +21,7 @@ def test_guest_has_modules_packages_trees_and_drives_when_the_spec_names_them(tm
     spec = ImageSpec(
         name="test",
         modules=("virtio_pci", "virtio_blk", "dm-log-writes", "dm_flakey", "ext4"),
+        later_modules=("dm_zero",),
         packages=("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"),
         trees={"/opt/code": tree},
         files={"/etc/script": b"#!/bin/sh\necho from a file"},
@@ -31,6 +32,10 @@ def test_guest_has_modules_packages_trees_and_drives_when_the_spec_names_them(tm
     with Guest(GuestConfig(image, drives=(drive,)), tmp_path / "vm") as guest:
         assert guest.check("cat /run/setup") == "dm_flakey"
         assert guest.check("linked") == "from a file"
+        assert (
+            guest.check("grep -c '^dm_zero' /proc/modules; insmod /usr/lib/modules/dm-zero.ko && echo loaded")
+            == "0\nloaded"
+        )
         assert guest.check("head -c 11 /dev/vda") == "first bytes"
         assert guest.check("python3.11 /opt/code/package/module.py") == "0"
         assert guest.check("find /opt/code -name '*.pyc'") == ""
@@ -54,6 +59,8 @@ def test_image_is_found_again_when_nothing_changed() -> None:
         (ImageSpec(name="test", modules=("no-such-module",)), "no module no_such_module"),
         (ImageSpec(name="test", programs={"no-such-program": "a-package"}), "apt-get install a-package"),
         (ImageSpec(name="test", packages=("no-such-package",)), "no-such-package"),
+        (ImageSpec(name="test", fetched=("no-such-package",)), "apt knows no package no-such-package"),
+        (ImageSpec(name="test", kernel="linux-image-no-such"), "apt knows no package linux-image-no-such"),
     ],
 )
 def test_build_names_the_missing_part_when_it_is_not_there(spec: ImageSpec, message: str) -> None:

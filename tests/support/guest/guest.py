@@ -63,6 +63,19 @@ class Reboot(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Hypervisor:
+    """What is booted in the kernel's place, by multiboot, and starts the kernel in its first domain.
+
+    Args:
+        file: the hypervisor, uncompressed.
+        arguments: its command line.
+    """
+
+    file: Path
+    arguments: str
+
+
+@dataclass(frozen=True)
 class GuestConfig:
     """One virtual machine.
 
@@ -80,6 +93,10 @@ class GuestConfig:
         kernel_arguments: appended to the kernel's command line.
         extra_arguments: appended to QEMU's command line.
         command_prefix: put before QEMU's command, such as `vtpm run NAME --`; it must exec or wait for QEMU.
+        ports: names of virtio-serial ports, for guests that load virtio_console; see `Guest.port`.
+        hypervisor: None, or what is booted before the kernel.
+        cpu: QEMU's model of it.
+        processors: how many.
     """
 
     image: Image
@@ -93,6 +110,10 @@ class GuestConfig:
     kernel_arguments: str = ""
     extra_arguments: tuple[str, ...] = ()
     command_prefix: tuple[str, ...] = ()
+    ports: tuple[str, ...] = ()
+    hypervisor: Hypervisor | None = None
+    cpu: str = "max"
+    processors: int = 1
 
 
 class Guest:
@@ -116,6 +137,7 @@ class Guest:
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: Agent | None = None
         self._qmp: Qmp | None = None
+        self._ports: dict[str, LineChannel] = {}
         self.boot_id = ""
         """Differs in every boot; drawn by the guest's kernel."""
 
@@ -137,6 +159,10 @@ class Guest:
         if self._qmp is None:
             raise GuestError("the guest is not started")
         return self._qmp
+
+    def port(self, name: str) -> LineChannel:
+        """The host's end of a virtio-serial port."""
+        return self._ports[name]
 
     def __enter__(self) -> Guest:
         try:
@@ -256,16 +282,17 @@ class Guest:
         self._work_folder.mkdir(parents=True, exist_ok=True)
         # Socket paths are limited to 107 bytes, which a test's own folder may exceed.
         sockets = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="vtpm-guest-")))
-        qmp_channel = LineChannel("QMP", sockets / "qmp")
-        self._cleanup.callback(qmp_channel.close)
-        agent_channel = LineChannel("agent", sockets / "agent")
-        self._cleanup.callback(agent_channel.close)
+        qmp_channel = self._listen("QMP", sockets / "qmp")
+        agent_channel = self._listen("agent", sockets / "agent")
+        self._ports = {name: self._listen(name, sockets / f"port-{name}") for name in self._config.ports}
         with self.qemu_log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(sockets), stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
             )
         qmp_channel.accept(self._process.pid, deadline)
         agent_channel.accept(self._process.pid, deadline)
+        for port in self._ports.values():
+            port.accept(self._process.pid, deadline)
         self._qmp = Qmp(qmp_channel)
         self._qmp.negotiate(deadline)
         self._agent = Agent(agent_channel)
@@ -273,12 +300,18 @@ class Guest:
             return
         self.boot_id = self._agent.wait_ready(deadline)
 
+    def _listen(self, name: str, path: Path) -> LineChannel:
+        channel = LineChannel(name, path)
+        self._cleanup.callback(channel.close)
+        return channel
+
     def _command(self, sockets: Path) -> list[str]:
         config = self._config
         command = [
             *config.command_prefix,
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "1", "-m", str(config.memory_mib)),
+            *("-machine", "q35,accel=tcg", "-cpu", config.cpu, "-smp", str(config.processors)),
+            *("-m", str(config.memory_mib)),
             *("-chardev", f"file,id=console,path={self.console_log},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,path={sockets / 'agent'}", "-serial", "chardev:agent"),
             *("-chardev", f"socket,id=qmp,path={sockets / 'qmp'}", "-mon", "chardev=qmp,mode=control"),
@@ -294,6 +327,11 @@ class Guest:
             ]
         if config.firmware is Firmware.OVMF:
             command += self._uefi_flash()
+        if config.ports:
+            command += ["-device", "virtio-serial-pci"]
+        for name in config.ports:
+            command += ["-chardev", f"socket,id=port-{name},path={sockets / f'port-{name}'}"]
+            command += ["-device", f"virtserialport,chardev=port-{name},name={name}"]
         for drive in config.drives:
             command += ["-drive", f"if=virtio,format=raw,file={drive}"]
         return [*command, *config.extra_arguments]
@@ -302,9 +340,15 @@ class Guest:
         config = self._config
         if config.boot_folder is not None:
             return ["-drive", f"if=virtio,format=raw,readonly=on,file=fat:{config.boot_folder}"]
+        image = config.image
+        arguments = f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip()
+        if config.hypervisor is None:
+            return ["-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", arguments]
+        # Multiboot modules stand in one list, each with its own command line; a comma within one is doubled.
+        modules = (f"{image.kernel} {arguments}", str(image.initramfs))
         return [
-            *("-kernel", str(config.image.kernel), "-initrd", str(config.image.initramfs)),
-            *("-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip()),
+            *("-kernel", str(config.hypervisor.file), "-append", config.hypervisor.arguments),
+            *("-initrd", ",".join(module.replace(",", ",,") for module in modules)),
         ]
 
     def _uefi_flash(self) -> list[str]:

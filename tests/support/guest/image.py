@@ -18,12 +18,15 @@ from pathlib import Path
 
 from tests.support.guest.cpio import CpioArchive
 from tests.support.guest.debian import (
+    KERNEL_META_PACKAGE,
     GuestImageError,
     Kernel,
     fetch_kernel,
+    fetch_packages,
     package_files,
     program,
     shared_libraries,
+    unpacked_files,
 )
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -41,6 +44,7 @@ class ImageSpec:
     Args:
         name: for file names; not part of the identity.
         modules: kernel modules by name, loaded in this order, dependencies first; built-in ones are fine.
+        later_modules: kernel modules that are in /usr/lib/modules for whoever loads them.
         programs: name -> Debian package; copied from this machine with their shared libraries.
         libraries: shared libraries that programs open at run time, with their own libraries.
         packages: installed Debian packages, each copied whole, with the libraries of its ELF files.
@@ -48,10 +52,14 @@ class ImageSpec:
         files: guest path -> content.
         links: guest path -> target of the symbolic link.
         setup: shell script run once before the agent serves, after modules are loaded; empty for none.
+        fetched: Debian packages that need not be installed here, each copied whole; the libraries of their ELF files
+            come from these packages, or else from this machine.
+        kernel: Debian's meta-package of the kernel.
     """
 
     name: str
     modules: tuple[str, ...] = ()
+    later_modules: tuple[str, ...] = ()
     programs: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[Path, ...] = ()
     packages: tuple[str, ...] = ()
@@ -59,6 +67,8 @@ class ImageSpec:
     files: Mapping[str, bytes] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     setup: str = ""
+    fetched: tuple[str, ...] = ()
+    kernel: str = KERNEL_META_PACKAGE
 
 
 # All are names of one program, so the list costs nothing in the image.
@@ -118,8 +128,8 @@ def build_image(spec: ImageSpec = TPM_IMAGE, cache: Path = DEFAULT_CACHE) -> Ima
     """
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / "lock"):
-        kernel = fetch_kernel(cache)
-        archive = _initramfs(spec, kernel)
+        kernel = fetch_kernel(cache, spec.kernel)
+        archive = _initramfs(spec, kernel, fetch_packages(spec.fetched, cache))
         digest = hashlib.sha256(archive).hexdigest()[:16]
         final = cache / f"initramfs-{spec.name}-{digest}.cpio"
         if not final.is_file():
@@ -129,7 +139,7 @@ def build_image(spec: ImageSpec = TPM_IMAGE, cache: Path = DEFAULT_CACHE) -> Ima
     return Image(kernel.vmlinuz, final, kernel.release)
 
 
-def _initramfs(spec: ImageSpec, kernel: Kernel) -> bytes:
+def _initramfs(spec: ImageSpec, kernel: Kernel, fetched: tuple[Path, ...]) -> bytes:
     archive = CpioArchive()
     for folder in ("dev", "proc", "sys", "tmp", "root", "run", "etc", "mnt", "usr/bin", "usr/sbin"):
         archive.directory(folder)
@@ -143,7 +153,7 @@ def _initramfs(spec: ImageSpec, kernel: Kernel) -> bytes:
         archive.symlink(_inside(link), target)
     if spec.setup:
         archive.file("etc/setup", b"#!/bin/sh\n" + spec.setup.encode(), mode=0o755)
-    _add_modules(archive, kernel, spec.modules)
+    _add_modules(archive, kernel, spec.modules, spec.later_modules)
 
     for name, package in spec.programs.items():
         _add_binary(archive, program(name, package))
@@ -152,6 +162,7 @@ def _initramfs(spec: ImageSpec, kernel: Kernel) -> bytes:
     for whole in spec.packages:
         for path in package_files(whole):
             _add_host_file(archive, path)
+    _add_fetched(archive, fetched)
     for target, tree in spec.trees.items():
         _add_tree(archive, target, tree)
     # Last: an applet never hides a program that was asked for.
@@ -159,13 +170,11 @@ def _initramfs(spec: ImageSpec, kernel: Kernel) -> bytes:
     return archive.finish()
 
 
-def _add_modules(archive: CpioArchive, kernel: Kernel, names: tuple[str, ...]) -> None:
-    order = []
-    for path in kernel.modules_in_order(names):
-        target = f"usr/lib/modules/{path.name}"
-        archive.file(target, path.read_bytes())
-        order.append(f"/{target}\n")
-    archive.file("etc/modules-in-order", "".join(order).encode())
+def _add_modules(archive: CpioArchive, kernel: Kernel, names: tuple[str, ...], later: tuple[str, ...]) -> None:
+    loaded = kernel.modules_in_order(names)
+    for path in (*loaded, *kernel.modules_in_order(later)):
+        archive.file(f"usr/lib/modules/{path.name}", path.read_bytes())
+    archive.file("etc/modules-in-order", "".join(f"/usr/lib/modules/{path.name}\n" for path in loaded).encode())
 
 
 def _add_busybox(archive: CpioArchive) -> None:
@@ -204,6 +213,22 @@ def _add_host_file(archive: CpioArchive, path: Path) -> None:
     if content.startswith(b"\x7fELF"):
         for needed in shared_libraries(path):
             _add_through_links(archive, needed)
+
+
+def _add_fetched(archive: CpioArchive, roots: tuple[Path, ...]) -> None:
+    folders = tuple(sorted({path.parent for root in roots for path in root.rglob("lib*.so.*")}))
+    for root in roots:
+        for path in unpacked_files(root):
+            file = root / path
+            if file.is_symlink():
+                archive.symlink(_merged(path), str(file.readlink()))
+                continue
+            content = file.read_bytes()
+            archive.file(_merged(path), content, mode=file.stat().st_mode & 0o777)
+            if content.startswith(b"\x7fELF"):
+                for needed in shared_libraries(file, folders):
+                    if needed.parent not in folders:
+                        _add_through_links(archive, needed)
 
 
 def _add_tree(archive: CpioArchive, target: str, folder: Path) -> None:
