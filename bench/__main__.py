@@ -6,13 +6,13 @@ import argparse
 
 from tests.support.host import Host
 
-from bench import flood, hostile, image, machines, measure, rates, report, saves
+from bench import flood, hostile, image, machines, measure, moves, rates, report, saves
 from bench.commands import READS
 from bench.peers import ours, swtpm
 from vtpm.vault.anchor import AnchorMode
 
 SIDE_BY_SIDE = ("roundtrip", "nvwrite", "footprint")
-FIGURES = ("floor", *SIDE_BY_SIDE, "saves", "flood", "image", "machines", "hostile")
+FIGURES = ("floor", *SIDE_BY_SIDE, "saves", "flood", "image", "machines", "hostile", "moves")
 
 
 def main() -> None:
@@ -46,6 +46,10 @@ def main() -> None:
         rows = hostile.hostile()
         report.print_hostile(rows)
         report.save("hostile", rows, facts)
+    if "moves" in wanted:
+        found = moves.stalls()
+        report.print_stalls(found)
+        report.save("moves", found, facts)
 
 
 def _side_by_side(host: Host, wanted: tuple[str, ...], names: list[str], facts: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from bench.hostile import Hostile
 from bench.image import INITRAMFS_LIMIT_BYTES, START_RATIO_LIMIT, ImageFigures
 from bench.machines import MachineFigures
 from bench.measure import Floor, Footprint
+from bench.moves import Stall
 from bench.rates import RATIO_LIMIT, Rate, Registered
 from bench.saves import LIMIT_US, Spent
 
@@ -148,11 +149,23 @@ def print_hostile(rows: Sequence[Hostile]) -> None:
         )
 
 
+def print_stalls(rows: Sequence[Stall]) -> None:
+    """Print for how long guests stand still that move with their TPMs."""
+    print(f"{'a guest that moves, ms':<24}{'stands still':>13}{'most':>8}{'downtime':>10}{'ratio':>7}")
+    for row in rows:
+        print(
+            f"{row.kind:<24}{row.median_ms:>13.0f}{row.most_ms:>8.0f}{row.downtime_ms:>10.0f}{row.ratio:>7.2f}"
+            f"  {row.moves} moves"
+        )
+
+
 def _verdict(met: bool) -> str:
     return "met" if met else "NOT MET"
 
 
-Figure = Comparison | Floor | Footprint | Spent | Rate | Registered | Flood | ImageFigures | MachineFigures | Hostile
+Figure = (
+    Comparison | Floor | Footprint | Spent | Rate | Registered | Flood | ImageFigures | MachineFigures | Hostile | Stall
+)
 
 
 def save(name: str, figures: Sequence[Figure], facts: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,18 +54,23 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def known_to_each_other(folder: Path, settings: str = "") -> Iterator[Peers]:
+def known_to_each_other(
+    folder: Path,
+    settings: str = "",
+    platform: Callable[[], contextlib.AbstractContextManager[SwtpmPlatform]] = booted_platform,
+) -> Iterator[Peers]:
     """Start two hosts, enrol both with one authority, and name each to the other with a policy that both pass.
 
     Args:
         folder: for what an operator carries between them.
         settings: further lines of both hosts' configuration files.
+        platform: makes the platform TPM of one.
     """
     authority = folder / "authority"
     # Services of other users read there what operators put there.
     folder.chmod(0o755)
     with contextlib.ExitStack() as stack:
-        platforms = {name: stack.enter_context(booted_platform()) for name in ("host-a", "host-b")}
+        platforms = {name: stack.enter_context(platform()) for name in ("host-a", "host-b")}
         ports = {name: free_port() for name in platforms}
         hosts: dict[str, Host] = {}
         for name, platform in platforms.items():
