@@ -85,12 +85,7 @@ class Swtpm:
 
     def migrate(self, other: Guest) -> str:
         """See Trip."""
-        uri = f"unix:{self._folder / f'leg{self._legs}.migration'}"
-        for one in (self.guest, other):
-            one.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "return-path", "state": True}])
-        other.qmp.execute("migrate-incoming", uri=uri)
-        self.guest.qmp.execute("migrate", uri=uri)
-        return self.guest.wait_migrated(LIMIT_S)
+        return self.guest.migrate(other, f"unix:{self._folder / f'leg{self._legs}.migration'}", LIMIT_S)
 
     def leave(self, other: Guest) -> None:
         """See Trip."""

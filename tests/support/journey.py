@@ -78,12 +78,7 @@ class Journey:
 
     def migrate(self, other: Guest) -> str:
         """Have the guest migrated, as somebody else's tool does, and return how that ended for its source."""
-        uri = f"unix:{self.folder / f'leg{self.legs}.migration'}"
-        for one in (self.guest, other):
-            one.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "return-path", "state": True}])
-        other.qmp.execute("migrate-incoming", uri=uri)
-        self.guest.qmp.execute("migrate", uri=uri)
-        return self.guest.wait_migrated(LIMIT_S)
+        return self.guest.migrate(other, f"unix:{self.folder / f'leg{self.legs}.migration'}", LIMIT_S)
 
     def begin_and_pause(self, other: Guest, listens: str, uri: str) -> None:
         """Have the guest migrated up to where its last state would go, which is its TPM's too."""

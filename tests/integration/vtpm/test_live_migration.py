@@ -29,11 +29,7 @@ class Pair:
 
     def migrate(self) -> str:
         """Migrate the guest and return how that ended for the source."""
-        for one in (self.guest, self.other):
-            one.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "return-path", "state": True}])
-        self.other.qmp.execute("migrate-incoming", uri=self.uri)
-        self.guest.qmp.execute("migrate", uri=self.uri)
-        return self.guest.wait_migrated(LIMIT_S)
+        return self.guest.migrate(self.other, self.uri, LIMIT_S)
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,17 @@ class Guest:
         if self.boot_id == before:
             raise GuestError("the guest's agent came back without a boot")
 
+    def migrate(self, other: Guest, uri: str, timeout_s: float = 60.0) -> str:
+        """Have this guest migrated to an emulator that waits for one, and return how that ended; see wait_migrated.
+
+        With return-path, without which QEMU takes a guest for arrived whose TPM was refused.
+        """
+        for one in (self, other):
+            one.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "return-path", "state": True}])
+        other.qmp.execute("migrate-incoming", uri=uri)
+        self.qmp.execute("migrate", uri=uri)
+        return self.wait_migrated(timeout_s)
+
     def wait_migrated(self, timeout_s: float = 60.0) -> str:
         """Wait for the end of a migration from here, and return how it ended: completed, failed or cancelled."""
         deadline = Deadline(timeout_s)
