@@ -70,4 +70,4 @@ def test_guest_goes_on_when_its_qemu_migrates_and_no_move_is_under_way(
         assert guest.wait_migrated() == "failed"
         checks.check_extend(guest)
     with host.client() as client:
-        assert any("no migration of this vTPM is under way" in str(event.detail) for event in client.all_events())
+        assert any("no migration of vTPM stays is under way" in str(event.detail) for event in client.all_events())
