@@ -57,7 +57,7 @@ class Trip(Protocol):
     def migrate(self, other: Guest) -> str:
         """Have it migrated; returns how that ended."""
 
-    def leave(self, other: Guest) -> None:
+    def has_moved(self, other: Guest) -> None:
         """It is the other's from here on."""
 
 
@@ -87,12 +87,10 @@ class Swtpm:
         """See Trip."""
         return self.guest.migrate(other, f"unix:{self._folder / f'leg{self._legs}.migration'}", LIMIT_S)
 
-    def leave(self, other: Guest) -> None:
+    def has_moved(self, other: Guest) -> None:
         """See Trip."""
-        left = self.guest
-        other.adopt(left)
+        other.adopt(self.guest)
         self.guest = other
-        left.kill()
 
 
 def stalls() -> list[Stall]:
@@ -144,12 +142,13 @@ def _move(trip: Trip) -> tuple[float, float]:
     trip.prepare(With.FOREIGN)
     source = trip.guest
     assert trip.migrate(other) == "completed"
-    stopped = source.qmp.wait_event("STOP", LIMIT_S)["timestamp"]
-    downtime_ms = float(source.qmp.execute("query-migrate")["downtime"])
-    trip.leave(other)
+    trip.has_moved(other)
     deadline = Deadline(LIMIT_S)
     began = beats(trip.guest)
     while beats(trip.guest) < began + 2:
         assert deadline.remaining_s(), "the guest's TPM does not go on"
-    stopped_s = stopped["seconds"] + stopped["microseconds"] / 1e6
-    return (time.time() - stopped_s) * 1e3, downtime_ms
+    went_on_s = time.time()
+    stopped = source.qmp.wait_event("STOP", LIMIT_S)["timestamp"]
+    downtime_ms = float(source.qmp.execute("query-migrate")["downtime"])
+    source.kill()
+    return (went_on_s - stopped["seconds"] - stopped["microseconds"] / 1e6) * 1e3, downtime_ms
