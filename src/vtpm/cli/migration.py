@@ -10,7 +10,7 @@ import click
 
 from vtpm.cli.live_migration import drive_guest
 from vtpm.cli.output import Output, print_json, print_line, print_table, progress
-from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
+from vtpm.cli.session import Session, choice_option, confirm, json_option, name_argument, pass_session, yes_option
 from vtpm.errors import NotFoundError, UsageError, VtpmError
 from vtpm.tpm.types import TpmVersion
 from vtpm.wire.api import DomainName
@@ -164,20 +164,8 @@ def _drive(
 @click.command()
 @name_argument
 @click.option("--uuid", type=click.UUID, required=True, help="The vTPM's uuid, as vtpm show says it where it is now.")
-@click.option(
-    "--tpm-version",
-    type=click.Choice([version.value for version in TpmVersion]),
-    default=TpmVersion.V2_0.value,
-    show_default=True,
-    help="TPM specification that it follows.",
-)
-@click.option(
-    "--domain",
-    type=click.Choice([domain.value for domain in DomainName]),
-    default=DomainName.PROCESS.value,
-    show_default=True,
-    help="What it is to live in here.",
-)
+@choice_option("--tpm-version", TpmVersion, TpmVersion.V2_0, "TPM specification that it follows.")
+@choice_option("--domain", DomainName, DomainName.PROCESS, "What it is to live in here.")
 @click.option("--vm-uuid", type=click.UUID, help="The VM that it has to be bound to.")
 @click.option("--owner", metavar="UID:GID", help="Whose it is to be here; without, yours.")
 @json_option

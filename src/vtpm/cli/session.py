@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,6 +73,12 @@ socket_option = click.option(
 )
 name_argument = click.argument("name", shell_complete=_complete_names)
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def choice_option(name: str, words: type[StrEnum], default: StrEnum, text: str) -> Callable[[Command], Command]:
+    """Return an option that takes one of an enumeration's words, with a default that its help shows."""
+    choice = click.Choice([word.value for word in words])
+    return click.option(name, type=choice, default=default.value, show_default=True, help=text)
 
 
 def confirm(question: str, *, refusal: str) -> None:

@@ -8,34 +8,21 @@ from uuid import UUID
 import click
 
 from vtpm.cli.output import Output, print_fields, print_json, print_line, print_table, progress
-from vtpm.cli.session import Session, confirm, json_option, name_argument, pass_session, yes_option
+from vtpm.cli.session import Session, choice_option, confirm, json_option, name_argument, pass_session, yes_option
 from vtpm.tpm.types import Make, Startup, TpmVersion
 from vtpm.wire.api import Client, DomainName, LifeState, Lockout, Owner, Vtpm
 
 
 @click.command()
 @click.argument("name")
-@click.option(
-    "--tpm-version",
-    type=click.Choice([version.value for version in TpmVersion]),
-    default=TpmVersion.V2_0.value,
-    show_default=True,
-    help="TPM specification that it follows, for ever.",
-)
-@click.option(
+@choice_option("--tpm-version", TpmVersion, TpmVersion.V2_0, "TPM specification that it follows, for ever.")
+@choice_option(
     "--domain",
-    type=click.Choice([domain.value for domain in DomainName]),
-    default=DomainName.PROCESS.value,
-    show_default=True,
-    help="What it runs in: a confined process, a QEMU VM or a Xen domain of its own.",
+    DomainName,
+    DomainName.PROCESS,
+    "What it runs in: a confined process, a QEMU VM or a Xen domain of its own.",
 )
-@click.option(
-    "--make",
-    type=click.Choice([make.value for make in Make]),
-    default=Make.LIBTPMS.value,
-    show_default=True,
-    help="Whose TPM it is, for ever: swtpm, unchanged, in a QEMU VM alone.",
-)
+@choice_option("--make", Make, Make.LIBTPMS, "Whose TPM it is, for ever: swtpm, unchanged, in a QEMU VM alone.")
 @click.option("--vm-uuid", type=click.UUID, help="The VM that it belongs to; no other may use it.")
 @json_option
 @pass_session
