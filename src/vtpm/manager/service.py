@@ -441,10 +441,7 @@ class ManagerService:
     # -- starting and stopping --------------------------------------------------------------------------------------
     async def _start_locked(self, record: VtpmRecord, measurement: str, startup: Startup) -> Running:
         key = await self.key(record)
-        owner = record.owner_uid, record.owner_gid
-        args = StartArgs(record.id, record.name, record.tpm_version, record.domain.value, *owner, measurement)
-        info, fds = await self.launcher.call("start", args, START_TIMEOUT_S)
-        link_socket = _one_socket(fds)
+        info, link_socket = await self._launch(record, measurement)
         try:
             await self._store(
                 lambda store: store.bind_instance(record.id, info.instance_id, replaces=record.instance_id)
@@ -463,6 +460,12 @@ class ManagerService:
             await self._settle_end(running, "its start failed")
             raise
         return running
+
+    async def _launch(self, record: VtpmRecord, measurement: str) -> tuple[InstanceInfo, socket.socket]:
+        owner = record.owner_uid, record.owner_gid
+        args = StartArgs(record.id, record.name, record.tpm_version, record.domain.value, *owner, measurement)
+        info, fds = await self.launcher.call("start", args, START_TIMEOUT_S)
+        return info, _one_socket(fds)
 
     async def _stop_locked(self, record: VtpmRecord, running: Running, caller: Caller, mode: ShutdownMode) -> None:
         await self._move(record, Happening.STOP)
@@ -572,17 +575,8 @@ class ManagerService:
     async def start_inert(self, record: VtpmRecord) -> tuple[InstanceInfo, InstanceLink]:
         """Start an instance for a vTPM that is to arrive, which gets no state yet. Raises VtpmError: it was not."""
         async with self.images.admitted(record) as measurement:
-            args = StartArgs(
-                record.id,
-                record.name,
-                record.tpm_version,
-                record.domain.value,
-                record.owner_uid,
-                record.owner_gid,
-                measurement,
-            )
-            info, fds = await self.launcher.call("start", args, START_TIMEOUT_S)
-            return info, await self._linked(record, info, _one_socket(fds))
+            info, link_socket = await self._launch(record, measurement)
+            return info, await self._linked(record, info, link_socket)
 
     async def attach_inert(self, record: VtpmRecord) -> tuple[InstanceInfo, InstanceLink]:
         """Take up the instance that is bound to an inert vTPM. Raises VtpmError: it is not there, or not to be."""
