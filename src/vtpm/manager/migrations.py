@@ -346,21 +346,20 @@ class MigrationService:
         return await self._vtpms.door.run(lambda store: store.holding(vtpm_id))
 
     async def _find(self, name: str) -> KnownVtpm:
-        known = await self._vtpms.door.run(lambda store: store.list_holdings())
         try:
             # One of this name that is here or on its way comes before those that have gone.
             record = await self._vtpms.door.run(lambda store: store.find_vtpm(name))
         except NotFoundError:
-            for one in known:
+            for one in await self._vtpms.door.run(lambda store: store.list_holdings()):
                 if one.name == name:
                     return one
             raise
         return await self._known(record.id)
 
-    def _phase(self, known: KnownVtpm) -> Phase:
+    def _phase(self, known: KnownVtpm, *, may_leave: bool) -> Phase:
         if known.vtpm_id in self._phases:
             return self._phases[known.vtpm_id]
-        if known.holding.right is Right.HELD and self._guests.departures.ticket(known.vtpm_id) is not None:
+        if may_leave:
             return Phase.READY
         if self._guests.departures.is_passing(known.vtpm_id):
             return Phase.SENDING
@@ -375,7 +374,7 @@ class MigrationService:
             right=holding.right.value,
             epoch=holding.epoch,
             peer=ticket.peer if ticket is not None else holding.peer,
-            phase=self._phase(known),
+            phase=self._phase(known, may_leave=ticket is not None),
             trouble="" if _is_over(known) else self._troubles.get(known.vtpm_id, ""),
         )
 
